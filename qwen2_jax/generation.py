@@ -1,0 +1,275 @@
+"""Text generation: one compiled prefill per length bucket, one compiled decode loop.
+
+The prompt's length is rounded up to a bucket, so few programs are compiled; the decode loop runs on the device until every
+row has ended, with no round trip per token.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+
+from qwen2_jax.cache import Cache, empty_cache
+from qwen2_jax.config import Qwen2Config
+from qwen2_jax.model import Params, Qwen2
+from qwen2_jax.sampling import Sampling, Steps, Values, next_token
+
+STREAM_CHUNK = 8
+"""Tokens per call of the device while streaming."""
+
+
+@struct.dataclass
+class State:
+    """Everything that the decode loop carries; its buffers are donated from call to call."""
+
+    cache: Cache
+    token: jax.Array
+    """[B] int32, the newest token of each row, not yet in the cache."""
+    answer: jax.Array
+    """[B, M] int32, the tokens chosen so far; padding from `count` on and after a row's end."""
+    count: jax.Array
+    """Tokens chosen so far, a scalar int32."""
+    ended: jax.Array
+    """[B] bool."""
+    seen: jax.Array | None
+    """[B, V] bool, ids in the prompt and the answer, if a repetition penalty asks for them."""
+    key: jax.Array
+
+
+def generate(
+    config: Qwen2Config,
+    params: Params,
+    tokens: Any,
+    lengths: Any = None,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    pad_id: int = 0,
+    seed: int = 0,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> np.ndarray:
+    """Continues each row of a batch of prompts.
+
+    Args:
+      config: the model.
+      params: its parameters, per layer (faster here) or stacked.
+      tokens: [B, T] integer ids, rows padded on the right.
+      lengths: [B] real tokens of each row; all T by default.
+      max_new_tokens: most tokens to add to a row.
+      temperature: 0 for greedy; see `qwen2_jax.sampling.Sampling` for this and the next three.
+      top_k: 0 keeps all.
+      top_p: 1 keeps all.
+      repetition_penalty: 1 changes nothing.
+      eos_ids: a row ends with the first of these that is chosen; it is part of the answer.
+      pad_id: fills a row after its end.
+      seed: of the random choices; the same seed and batch give the same tokens.
+      dtype: of activations and cache; the embedding's by default.
+
+    Returns:
+      [B, new] int32; as many columns as the longest answer has.
+
+    Raises:
+      ValueError: for an empty prompt, ids outside the vocabulary, lengths that do not fit, more positions than the model
+        has, or sampling values outside their ranges.
+    """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    run = Generation(
+        *(config, params, tokens, lengths),
+        **dict(max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids, pad_id=pad_id, seed=seed, dtype=dtype),
+    )
+    return run.advance()
+
+
+class Generation:
+    """A batch of prompts being continued, for callers that want the tokens as they come or the phases apart.
+
+    Building one runs the prefill and chooses each row's first token; `advance` runs the decode loop. Arguments and errors
+    are those of `generate`, with the sampling keywords in one object.
+    """
+
+    def __init__(
+        self,
+        config: Qwen2Config,
+        params: Params,
+        tokens: Any,
+        lengths: Any = None,
+        *,
+        max_new_tokens: int = 128,
+        sampling: Sampling = Sampling(),
+        eos_ids: Sequence[int] = (),
+        pad_id: int = 0,
+        seed: int = 0,
+        dtype: jax.typing.DTypeLike | None = None,
+    ):
+        tokens, lengths = checked_prompts(config, tokens, lengths, max_new_tokens)
+        longest = int(lengths.max())
+        padded = np.zeros((len(tokens), bucket(longest)), np.int32)
+        padded[:, :longest] = tokens[:, :longest]
+        dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
+
+        self.max_new_tokens = max_new_tokens
+        self._taken = 0
+        ends = _Ends(jnp.asarray(tuple(eos_ids), jnp.int32), jnp.asarray(pad_id, jnp.int32))
+        self._step = functools.partial(
+            _decode, params, values=sampling.values, ends=ends, config=config, steps=sampling.steps, dtype=dtype
+        )
+        self._state = _prefill(
+            *(params, padded, lengths, jax.random.key(seed), sampling.values, ends),
+            config=config,
+            steps=sampling.steps,
+            slots=max(padded.shape[1], bucket(longest + max_new_tokens)),
+            room=bucket(max_new_tokens),
+            dtype=dtype,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has ended, or has all its new tokens, and `advance` has returned them."""
+        count = int(self._state.count)
+        return self._taken == count and (count >= self.max_new_tokens or bool(self._state.ended.all()))
+
+    def advance(self, tokens: int | None = None) -> np.ndarray:
+        """Chooses up to `tokens` more tokens (all that are left by default) and returns them, [B, new] int32."""
+        limit = self.max_new_tokens if tokens is None else min(self._taken + tokens, self.max_new_tokens)
+        self._state = self._step(self._state, jnp.asarray(limit, jnp.int32))
+        taken, self._taken = self._taken, int(self._state.count)
+        return np.asarray(self._state.answer)[:, taken : self._taken]
+
+
+def stream(run: Generation) -> Iterator[int]:
+    """Yields the ids of a `Generation` of one prompt soon after they are chosen, the ending one included."""
+    yield from (int(token) for token in run.advance(1)[0])
+    while not run.done:
+        yield from (int(token) for token in run.advance(STREAM_CHUNK)[0])
+
+
+def checked_prompts(config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens [B, T] and lengths [B] as int32 arrays, if the model can continue them; padding is set to 0.
+
+    Raises:
+      ValueError: as `generate` says.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"tokens must be integers of shape [batch, length], got {tokens.dtype} of shape {tokens.shape}")
+    rows, width = tokens.shape
+    lengths = np.full(rows, width) if lengths is None else np.asarray(lengths)
+    if lengths.shape != (rows,) or rows == 0:
+        raise ValueError(f"lengths must hold one number for each of {rows} prompts, got shape {lengths.shape}")
+    if lengths.min() < 1 or lengths.max() > width:
+        raise ValueError(
+            f"every prompt must have 1 to {width} tokens, got lengths from {lengths.min()} to {lengths.max()}"
+        )
+    tokens = np.where(np.arange(width)[None] < lengths[:, None], tokens, 0)
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if (needed := int(lengths.max()) + max_new_tokens) > config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones need {needed} positions, the model has "
+            f"{config.max_position_embeddings} (max_position_embeddings)"
+        )
+    return tokens.astype(np.int32), lengths.astype(np.int32)
+
+
+def bucket(length: int) -> int:
+    """length rounded up such that at most a quarter is padding and each doubling of length has four buckets."""
+    step = max(16, 1 << max(length - 1, 1).bit_length() - 3)
+    return -(-length // step) * step
+
+
+class _Ends(NamedTuple):
+    eos_ids: jax.Array
+    pad_id: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "slots", "room", "dtype"))
+def _prefill(
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    key: jax.Array,
+    values: Values,
+    ends: _Ends,
+    *,
+    config: Qwen2Config,
+    steps: Steps,
+    slots: int,
+    room: int,
+    dtype: Any,
+) -> State:
+    """Runs the prompts [B, T] into a cache of `slots` and chooses each row's first token."""
+    rows, width = tokens.shape
+    real = jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]
+    cache = empty_cache(config, rows, slots, dtype, stacked="layers" in params)
+    out = Qwen2(config, dtype=dtype).apply(
+        {"params": params}, tokens, segment_ids=real.astype(jnp.int32), cache=cache, logits="last"
+    )
+    seen = None
+    if steps.penalised:
+        seen = jnp.zeros((rows, config.vocab_size), jnp.int32)
+        seen = seen.at[jnp.arange(rows, dtype=jnp.int32)[:, None], tokens].max(real.astype(jnp.int32)) > 0
+    state = State(
+        # The padding after the longest prompt is invisible: let the answer overwrite it.
+        cache=out.cache.replace(length=lengths.max()),
+        token=jnp.zeros(rows, jnp.int32),
+        answer=jnp.broadcast_to(ends.pad_id, (rows, room)),
+        count=jnp.zeros((), jnp.int32),
+        ended=jnp.zeros(rows, bool),
+        seen=seen,
+        key=key,
+    )
+    return _choose(state, out.logits[:, 0], steps, values, ends)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"), donate_argnames=("state",))
+def _decode(
+    params: Params,
+    state: State,
+    limit: jax.Array,
+    values: Values,
+    ends: _Ends,
+    *,
+    config: Qwen2Config,
+    steps: Steps,
+    dtype: Any,
+) -> State:
+    """Adds tokens until `limit` of them are chosen or every row has ended."""
+    model = Qwen2(config, dtype=dtype)
+
+    def unfinished(state: State) -> jax.Array:
+        return (state.count < limit) & ~state.ended.all()
+
+    def step(state: State) -> State:
+        out = model.apply({"params": params}, state.token[:, None], cache=state.cache, logits="all")
+        return _choose(state.replace(cache=out.cache), out.logits[:, 0], steps, values, ends)
+
+    return lax.while_loop(unfinished, step, state)
+
+
+def _choose(state: State, logits: jax.Array, steps: Steps, values: Values, ends: _Ends) -> State:
+    """Appends one token per row, chosen by logits [B, V]."""
+    key, now = jax.random.split(state.key)
+    token = jnp.where(state.ended, ends.pad_id, next_token(logits, now, state.seen, steps, values))
+    seen = state.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(len(token), dtype=jnp.int32), token].set(True)
+    return state.replace(
+        token=token,
+        answer=lax.dynamic_update_slice(state.answer, token[:, None], (0, state.count)),
+        count=state.count + 1,
+        ended=state.ended | (token[:, None] == ends.eos_ids[None, :]).any(axis=1),
+        seen=seen,
+        key=key,
+    )

@@ -1,0 +1,243 @@
+"""Qwen2: tokens in, logits out."""
+
+import functools
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.core import meta
+
+from qwen2_jax import rope
+from qwen2_jax.attention import Context
+from qwen2_jax.cache import Cache
+from qwen2_jax.config import Qwen2Config
+from qwen2_jax.layers import Block, Embedding, Options, Projection, RMSNorm, Sequence
+from qwen2_jax.moe import RouterStatistics, load_balancing_loss
+from qwen2_jax.remat import REMAT_POLICIES
+
+Params = dict[str, Any]
+LayerCaches = tuple[tuple[jax.Array, jax.Array], ...]
+
+
+@struct.dataclass
+class Output:
+    """What `Qwen2` returns."""
+
+    logits: jax.Array | None
+    """[B, T, V] float32; [B, 1, V] or None if only the last or no logits were asked for."""
+    hidden: jax.Array
+    """[B, T, D], after the final norm."""
+    cache: Cache | None
+    """The cache given, with these tokens appended."""
+    aux_loss: jax.Array
+    """Load-balancing loss over all MoE layers and real tokens, float32; 0 for a dense model."""
+
+
+class Qwen2(nn.Module):
+    """The decoder of the Qwen2 technical report, dense or mixture of experts, as a pure function of its parameters.
+
+    Parameters come in two forms with the same numbers: per layer (`layers_0`, `layers_1`, ...) and stacked (`layers`, with
+    a leading axis, scanned over: one layer is compiled instead of L). `stack_layers` and `unstack_layers` convert.
+    """
+
+    config: Qwen2Config
+    stacked: bool | None = None
+    """The form of the parameters; None takes the form of those given, and per layer at `init`."""
+    dtype: jax.typing.DTypeLike | None = None
+    """Of the activations and of the weights in matrix products; None takes the embedding's."""
+    remat: str = "none"
+    """What the backward pass keeps of each layer: a name in `qwen2_jax.remat.REMAT_POLICIES`."""
+    options: Options = Options()
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+        logits: Literal["all", "last", "none"] = "all",
+    ) -> Output:
+        """Runs the model.
+
+        Args:
+          tokens: [B, T] int32 ids; padding may hold any id.
+          positions: [B, T] int32 for RoPE; by default each segment counts from 0 (with a cache: from the row's real tokens
+            so far).
+          segment_ids: [B, T] int32, the document of each token, 0 for padding (left or right); a token sees the earlier
+            tokens of its own document. By default every token belongs to document 1.
+          cache: of `empty_cache`; these tokens are appended and see what it holds. It must have room for T more.
+          logits: for "all" tokens, for each row's "last" real token, or "none", so that a long prefill never holds [T, V].
+        """
+        config = self.config
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            positions = default_positions(segment_ids, cache)
+        if cache is None:
+            start, key_segments = jnp.zeros((), jnp.int32), segment_ids
+        else:
+            start = cache.length
+            key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
+
+        embed = Embedding(config, name="embed")
+        with jax.named_scope("embed"):
+            x = embed(tokens, self.dtype)
+        frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta)
+        sequence = Sequence(
+            *rope.rotary_tables(positions, frequencies, x.dtype),
+            context=Context(start, segment_ids, key_segments),
+            real=segment_ids != 0,
+        )
+
+        stacked = self.has_variable("params", "layers") if self.stacked is None else self.stacked
+        layers = self._scan_layers if stacked else self._unroll_layers
+        x, layer_caches, statistics = layers(x, sequence, None if cache is None else cache.layers)
+        if cache is not None:
+            cache = Cache(layer_caches, key_segments, start + tokens.shape[1])
+        hidden = RMSNorm(config.hidden_size, config.rms_norm_eps, name="norm")(x)
+
+        with jax.named_scope("logits"):
+            scores = None
+            if logits != "none":
+                wanted = last_real(hidden, sequence.real) if logits == "last" else hidden
+                if config.tie_word_embeddings:
+                    scores = embed.logits(wanted)
+                else:
+                    shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
+                    head = Projection("BTD,VD->BTV", shape, axes, config.initializer_range, name="lm_head")
+                    scores = head(wanted, dtype=jnp.float32)
+        aux_loss = jnp.zeros(()) if statistics is None else load_balancing_loss(statistics)
+        return Output(scores, hidden, cache, aux_loss)
+
+    def _unroll_layers(self, x: jax.Array, sequence: Sequence, caches: LayerCaches | None):
+        block = _rematerialised(self.remat, in_scan=False)
+        new_caches, statistics = [], []
+        for i in range(self.config.num_hidden_layers):
+            cache = None if caches is None else caches[i]
+            sparse = self.config.is_moe_layer(i)
+            x, cache, sums = block(self.config, sparse, self.options, name=f"layers_{i}")(x, sequence, cache)
+            new_caches.append(cache)
+            statistics.append(sums)
+        return x, tuple(new_caches), _total(statistics)
+
+    def _scan_layers(self, x: jax.Array, sequence: Sequence, caches: LayerCaches | None):
+        scanned = nn.scan(
+            _Period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=self.config.num_hidden_layers // self.config.layer_period,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x, (caches, statistics) = scanned(self.config, self.remat, self.options, name="layers")(x, sequence, caches)
+        return x, caches, jax.tree.map(lambda sums: sums.sum(axis=0), statistics)
+
+
+class _Period(nn.Module):
+    """The shortest run of layers that repeats: one layer, unless dense and sparse layers alternate."""
+
+    config: Qwen2Config
+    remat: str
+    options: Options
+
+    @nn.compact
+    def __call__(self, x: jax.Array, sequence: Sequence, caches: LayerCaches | None):
+        block = _rematerialised(self.remat, in_scan=True)
+        new_caches, statistics = [], []
+        for p in range(self.config.layer_period):
+            cache = None if caches is None else caches[p]
+            sparse = self.config.is_moe_layer(p)
+            x, cache, sums = block(self.config, sparse, self.options, name=f"block_{p}")(x, sequence, cache)
+            new_caches.append(cache)
+            statistics.append(sums)
+        return x, (tuple(new_caches), _total(statistics))
+
+
+def _rematerialised(remat: str, in_scan: bool) -> type[Block]:
+    if remat == "none":
+        return Block
+    # Inside a scan the loop itself keeps XLA from merging the recomputation with the original.
+    return nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=not in_scan)
+
+
+def _total(statistics: list[RouterStatistics | None]) -> RouterStatistics | None:
+    sums = [layer for layer in statistics if layer is not None]
+    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *sums) if sums else None
+
+
+def default_positions(segment_ids: jax.Array, cache: Cache | None = None) -> jax.Array:
+    """[B, T] int32: each token's count within its segment of segment_ids [B, T], continued from a cache if one is given."""
+    real = (segment_ids != 0).astype(jnp.int32)
+    if cache is not None:
+        before = (cache.segment_ids != 0).sum(axis=1, dtype=jnp.int32)[:, None]
+        return before + jnp.cumsum(real, axis=1) - real
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    starts = jnp.concatenate([jnp.ones_like(real[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def last_real(x: jax.Array, real: jax.Array) -> jax.Array:
+    """[B, 1, D]: of each row of x [B, T, D] the entry at its last true of real [B, T] (the last entry if none is)."""
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)
+
+
+def init_params(config: Qwen2Config, key: jax.Array, dtype: jax.typing.DTypeLike = jnp.float32, stacked: bool = False):
+    """Random parameters: normal with stddev config.initializer_range, norms 1, biases 0."""
+
+    @jax.jit
+    def init(key):
+        params = meta.unbox(_boxed_init(config, key))
+        params = params if stacked else unstack_layers(params, config)
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+    return init(key)
+
+
+def abstract_params(config: Qwen2Config, dtype: jax.typing.DTypeLike = jnp.float32, stacked: bool = False) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s; costs no memory at any size."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype, stacked))
+
+
+def logical_axes(config: Qwen2Config, stacked: bool = False) -> Params:
+    """The parameter tree with each array replaced by a tuple of its dims' logical names, as ("kv_heads", "head_dim", "embed").
+
+    Names: vocab, embed, heads, kv_heads, head_dim, mlp, expert, expert_mlp, router, and layers in stacked form.
+    """
+    boxed = jax.eval_shape(functools.partial(_boxed_init, config), jax.random.key(0))
+    names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    if stacked:
+        return names
+    return _unstack(names, config, lambda axes, index: axes[1:])
+
+
+def stack_layers(params: Params, config: Qwen2Config) -> Params:
+    """Per-layer parameters in the stacked form; every leaf of `layers` gains a leading axis of L / config.layer_period."""
+    period = config.layer_period
+    layers = [params[f"layers_{i}"] for i in range(config.num_hidden_layers)]
+    blocks = {f"block_{p}": jax.tree.map(lambda *rows: jnp.stack(rows), *layers[p::period]) for p in range(period)}
+    return {**{name: tree for name, tree in params.items() if not name.startswith("layers_")}, "layers": blocks}
+
+
+def unstack_layers(params: Params, config: Qwen2Config) -> Params:
+    """The inverse of `stack_layers`."""
+    return _unstack(params, config, lambda leaf, index: leaf[index])
+
+
+def _unstack(tree: Params, config: Qwen2Config, take) -> Params:
+    result = {name: child for name, child in tree.items() if name != "layers"}
+    for i in range(config.num_hidden_layers):
+        index, p = divmod(i, config.layer_period)
+        block = tree["layers"][f"block_{p}"]
+        result[f"layers_{i}"] = jax.tree.map(lambda leaf: take(leaf, index), block, is_leaf=lambda x: isinstance(x, tuple))
+    return result
+
+
+def _boxed_init(config: Qwen2Config, key: jax.Array) -> Params:
+    """Stacked parameters with their logical axes; traces one period of layers, whatever the depth."""
+    return Qwen2(config, stacked=True).init(key, jnp.zeros((1, 1), jnp.int32), logits="all")["params"]

@@ -1,0 +1,97 @@
+"""From logits to the next token, in the order in which transformers applies each step."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How to choose tokens; checked when built.
+
+    Raises:
+      ValueError: for a value outside its range; every one is named.
+    """
+
+    temperature: float = 0.0
+    """0 takes the most probable token (greedy)."""
+    top_k: int = 0
+    """Keep only the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of most probable tokens whose probability reaches top_p; 1 keeps all."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens already seen, in the prompt or the answer, if positive, else multiply; 1 changes nothing."""
+
+    def __post_init__(self):
+        rules = {
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        bad = [f"{name} must be {want}, got {getattr(self, name)}" for name, (ok, want) in rules.items() if not ok]
+        if bad:
+            raise ValueError("; ".join(bad))
+
+    @property
+    def steps(self) -> "Steps":
+        """The part that decides which program is compiled."""
+        greedy = self.temperature == 0
+        return Steps(greedy, 0 if greedy else self.top_k, not greedy and self.top_p < 1, self.repetition_penalty != 1)
+
+    @property
+    def values(self) -> "Values":
+        """The part that a compiled program takes as arguments."""
+        numbers = (self.temperature, self.top_p, self.repetition_penalty)
+        return Values(*(jnp.asarray(number, jnp.float32) for number in numbers))
+
+
+class Steps(NamedTuple):
+    greedy: bool
+    top_k: int
+    top_p: bool
+    penalised: bool
+
+
+class Values(NamedTuple):
+    temperature: jax.Array
+    top_p: jax.Array
+    repetition_penalty: jax.Array
+
+
+def next_token(logits: jax.Array, key: jax.Array, seen: jax.Array | None, steps: Steps, values: Values) -> jax.Array:
+    """Chooses one token per row.
+
+    Args:
+      logits: [B, V] float32.
+      key: a random key; unused if greedy.
+      seen: [B, V] bool, the ids in each row's prompt and answer so far; only read if penalised.
+
+    Returns:
+      [B] int32.
+    """
+    if steps.penalised:
+        assert seen is not None
+        penalty = values.repetition_penalty
+        logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
+    if steps.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / values.temperature
+
+    # With top-k only k candidates are left, sorted; everything after runs on k numbers instead of V.
+    ids = None
+    if 0 < steps.top_k < logits.shape[-1]:
+        logits, ids = lax.top_k(logits, steps.top_k)
+    elif steps.top_p:
+        logits, ids = lax.top_k(logits, logits.shape[-1])
+    if steps.top_p:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(before < values.top_p, logits, -jnp.inf)
+    choice = jax.random.categorical(key, logits, axis=-1)
+    if ids is not None:
+        choice = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+    return choice.astype(jnp.int32)
