@@ -56,7 +56,9 @@ def attend(
     if implementation is None:
         implementation = "dense" if query.shape[1] * key.shape[2] <= _DENSE_LIMIT else "chunked"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+        raise ValueError(
+            f"attention implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
+        )
     return IMPLEMENTATIONS[implementation](query, key, value, context)
 
 
@@ -90,9 +92,7 @@ def chunked_attention(query: jax.Array, key: jax.Array, value: jax.Array, contex
     queries = query.shape[1]
     q_chunk, k_chunk = min(CHUNK, queries), min(CHUNK, key.shape[2])
     # Padding belongs to segment 0, which nobody sees and whose queries see nobody.
-    padded = Context(
-        context.start, _pad(context.query_segments, 1, q_chunk), _pad(context.key_segments, 1, k_chunk)
-    )
+    padded = Context(context.start, _pad(context.query_segments, 1, q_chunk), _pad(context.key_segments, 1, k_chunk))
     key, value = _pad(key, 2, k_chunk), _pad(value, 2, k_chunk)
     grouped = _split_heads(_pad(query, 1, q_chunk), key)
     return _join_heads(_chunked(grouped, key, value, padded, q_chunk, k_chunk))[:, :queries]

@@ -172,7 +172,11 @@ class Qwen2Config:
             **{key: hf[key] for key in fields & hf.keys() if hf[key] is not None},
         }
         values["rope_theta"] = _rope_theta(hf, problems)
-        values["mlp_only_layers"] = tuple(values.get("mlp_only_layers", ()))
+        dense = values.get("mlp_only_layers", [])
+        if not isinstance(dense, list | tuple) or not all(type(layer) is int for layer in dense):
+            problems.append(f"mlp_only_layers must be a list of layer numbers, got {dense!r}")
+            dense = ()
+        values["mlp_only_layers"] = tuple(dense)
         if hf.get("num_key_value_heads", 0) is None:
             values["num_key_value_heads"] = values["num_attention_heads"]
         if model_type == "qwen2_moe" and not values["num_experts"]:
@@ -270,7 +274,9 @@ def _contradictions(config: Qwen2Config):
     if config.is_moe:
         positive += ["num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"]
         positive += ["decoder_sparse_step"]
-    bad = [f"{name} must be positive, got {getattr(config, name)}" for name in positive if not getattr(config, name) > 0]
+    bad = [
+        f"{name} must be positive, got {getattr(config, name)}" for name in positive if not getattr(config, name) > 0
+    ]
     if bad:
         yield from bad
         return

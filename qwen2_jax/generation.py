@@ -84,7 +84,9 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     run = Generation(
         *(config, params, tokens, lengths),
-        **dict(max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids, pad_id=pad_id, seed=seed, dtype=dtype),
+        **dict(
+            max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids, pad_id=pad_id, seed=seed, dtype=dtype
+        ),
     )
     return run.advance()
 
@@ -152,7 +154,9 @@ def stream(run: Generation) -> Iterator[int]:
         yield from (int(token) for token in run.advance(STREAM_CHUNK)[0])
 
 
-def checked_prompts(config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def checked_prompts(
+    config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
     """tokens [B, T] and lengths [B] as int32 arrays, if the model can continue them; padding is set to 0.
 
     Raises:
@@ -160,7 +164,9 @@ def checked_prompts(config: Qwen2Config, tokens: Any, lengths: Any, max_new_toke
     """
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"tokens must be integers of shape [batch, length], got {tokens.dtype} of shape {tokens.shape}")
+        raise ValueError(
+            f"tokens must be integers of shape [batch, length], got {tokens.dtype} of shape {tokens.shape}"
+        )
     rows, width = tokens.shape
     lengths = np.full(rows, width) if lengths is None else np.asarray(lengths)
     if lengths.shape != (rows,) or rows == 0:
@@ -185,7 +191,7 @@ def checked_prompts(config: Qwen2Config, tokens: Any, lengths: Any, max_new_toke
 
 def bucket(length: int) -> int:
     """length rounded up such that at most a quarter is padding and each doubling of length has four buckets."""
-    step = max(16, 1 << max(length - 1, 1).bit_length() - 3)
+    step = max(16, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
 
 

@@ -74,6 +74,7 @@ class Qwen2(nn.Module):
         config = self.config
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        tokens = jnp.asarray(tokens, jnp.int32)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
         if positions is None:
@@ -234,7 +235,9 @@ def _unstack(tree: Params, config: Qwen2Config, take) -> Params:
     for i in range(config.num_hidden_layers):
         index, p = divmod(i, config.layer_period)
         block = tree["layers"][f"block_{p}"]
-        result[f"layers_{i}"] = jax.tree.map(lambda leaf: take(leaf, index), block, is_leaf=lambda x: isinstance(x, tuple))
+        result[f"layers_{i}"] = jax.tree.map(
+            lambda leaf: take(leaf, index), block, is_leaf=lambda x: isinstance(x, tuple)
+        )
     return result
 
 

@@ -1,0 +1,1 @@
+"""Speed and memory beside PyTorch, measured in one run: `python -m benchmarks`, `python -m benchmarks convert`."""

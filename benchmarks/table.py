@@ -1,0 +1,114 @@
+"""A report as a table: on the terminal, and in Markdown between two markers."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import rich
+from rich.table import Table
+
+from benchmarks.side_by_side import OURS, THEIRS
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the report on standard output."""
+    columns, rows = _cells(report)
+    table = Table(title=_title(report), caption=_caption(report), title_justify="left", caption_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*(cell.strip("*") for cell in row))
+    rich.print(table)
+
+
+def check_markdown(path: Path, kind: str) -> None:
+    """Raises ValueError unless `path` is a file with one block for the benchmark `kind`."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if (found := len(_block(kind).findall(text))) != 1:
+        raise ValueError(f"{path} must hold one block between {_begin(kind)} and {_end(kind)}, found {found}")
+
+
+def write_markdown(report: dict[str, Any], path: Path) -> None:
+    """Replaces the block of this benchmark in a Markdown file that `check_markdown` accepts."""
+    kind = report["benchmark"]
+    columns, rows = _cells(report)
+    table = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)]), *map(_line, rows)]
+    parts = [_begin(kind), f"`{report['command']}`: {_title(report)}", "\n".join(table), _caption(report), _end(kind)]
+    new = "\n\n".join(parts)
+    path.write_text(_block(kind).sub(lambda _: new, path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _begin(kind: str) -> str:
+    return f"<!-- benchmark {kind}: begin; written by python -m benchmarks -->"
+
+
+def _end(kind: str) -> str:
+    return f"<!-- benchmark {kind}: end -->"
+
+
+def _block(kind: str) -> re.Pattern[str]:
+    return re.compile(re.escape(_begin(kind)) + ".*?" + re.escape(_end(kind)), re.DOTALL)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _title(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['date'][:10]}"
+    if report["benchmark"] == "convert":
+        size = f"{report['model_bytes'] / 1e9:.2f} GB of bfloat16 weights"
+        return f"{size}, --max-host-memory {report['max_host_memory']}; {where}"
+    kind = report["frameworks"][OURS]["device_kind"]
+    return f"{report['model']}; {where if kind == 'cpu' else f'{kind}, {where}'}"
+
+
+def _caption(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    text = f"Medians of {report['repeats']}, load average before {machine['load_average']:.2f}."
+    if report["benchmark"] == "speed":
+        about = report["frameworks"].values()
+        versions = {name: version for framework in about for name, version in framework["versions"].items()}
+        text += " " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+        compared = [result["same_tokens"] for result in report["results"] if "same_tokens" in result]
+        if compared:
+            text += f" The same greedy tokens in {sum(compared)} of {len(compared)} tasks."
+    return text
+
+
+def _cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Column heads, and the cells of each row."""
+    results = report["results"]
+    if report["benchmark"] == "convert":
+        columns = ["", "seconds", "GB/s", "times sha256sum + cp", "peak memory"]
+        return columns, [
+            [
+                result["measure"],
+                f"{result['median_seconds']:.2f}",
+                f"{report['model_bytes'] / result['median_seconds'] / 1e9:.2f}",
+                f"{result['times_baseline']:.2f}",
+                _quantity(result["peak_memory"], "bytes"),
+            ]
+            for result in results
+        ]
+    names = [name for name in (THEIRS, OURS) if name in report["frameworks"]]
+    compared = ["ratio"] if THEIRS in names else []
+    rows: list[list[str]] = []
+    dtype = None
+    for result in results:
+        if result["dtype"] != dtype:
+            dtype = result["dtype"]
+            rows.append([f"**{dtype}**"] + [""] * (len(names) + len(compared)))
+        row = [result["measure"]]
+        row += [_quantity(result["medians"].get(name), result["unit"]) for name in names]
+        rows.append(row + [f"{result['ratio']:.2f}" if result["ratio"] else "" for _ in compared])
+    return ["", *names, *compared], rows
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "bytes":
+        return f"{value / 1e9:.2f} GB"
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"

@@ -1,0 +1,196 @@
+"""`qwen2-jax convert`: bring checkpoints from and to Hugging Face, and compare them."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg, subcommand
+
+from convert.checkpoint import open_checkpoint
+from convert.conversion import Report, convert_from_hf, convert_to_hf
+from convert.files import listing
+from convert.progress import progress_bar
+from convert.verify import Comparison, Difference, compare, logits_difference
+from qwen2_jax.command import exit_code, parse
+
+_SHOWN = 8  # differing arrays that are listed
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FromHf:
+    """Convert a Hugging Face model to a checkpoint folder of ours.
+
+    Every tensor is checked against config.json. Memory stays within --max-host-memory whatever the model's size. If the
+    command is interrupted, the same command finishes the rest; DST appears only when it is complete.
+    """
+
+    src: Annotated[Positional[str], arg(metavar="SRC")]
+    """Folder with config.json and safetensors files, or a hub id such as Qwen/Qwen2-0.5B (downloaded)."""
+    dst: Annotated[Positional[Path], arg(metavar="DST")]
+    """Folder to create."""
+    dtype: Dtype | None = None
+    """Number format of the weights written; by default each tensor keeps its own."""
+    max_host_memory: str = "2GiB"
+    """Memory that this process may take up, such as 512MB."""
+    overwrite: bool = False
+    """Replace a checkpoint at DST, once the new one is complete."""
+    allow_pickle: bool = False
+    """Read PyTorch .bin files if there are no safetensors. Only for files whose author you trust."""
+    json: bool = False
+    """Report as one JSON object on standard output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToHf:
+    """Convert a checkpoint folder of ours to a Hugging Face folder: the files that transformers itself would write.
+
+    Memory, interruption and DST are as for from-hf. Every number read is checked against its digest.
+    """
+
+    src: Annotated[Positional[Path], arg(metavar="SRC")]
+    """Checkpoint folder of ours."""
+    dst: Annotated[Positional[Path], arg(metavar="DST")]
+    """Folder to create."""
+    dtype: Dtype | None = None
+    """Number format of the weights written; by default each tensor keeps its own."""
+    shard_size: str = "5GB"
+    """Weights per file at most; what fits into one file becomes model.safetensors."""
+    fused_experts: bool = False
+    """Write a layer's experts as one tensor, as transformers 5 holds them, instead of one per expert as on the hub."""
+    max_host_memory: str = "2GiB"
+    """Memory that this process may take up, such as 512MB."""
+    overwrite: bool = False
+    """Replace a checkpoint at DST, once the new one is complete."""
+    json: bool = False
+    """Report as one JSON object on standard output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Compare two checkpoints of either kind, tensor by tensor. Exit status 2 if they differ."""
+
+    a: Annotated[Positional[str], arg(metavar="A")]
+    """One checkpoint folder or hub id."""
+    b: Annotated[Positional[str], arg(metavar="B")]
+    """The other."""
+    tolerance: float | None = None
+    """Largest difference between two numbers that counts as equal. By default bits must be equal, and weights of
+    different number formats must be equal once the wider ones are rounded."""
+    logits: bool = False
+    """Also run both models in float32 on a fixed prompt, and compare the logits."""
+    json: bool = False
+    """Report as one JSON object on standard output."""
+
+
+Job = (
+    Annotated[FromHf, subcommand("from-hf")]
+    | Annotated[ToHf, subcommand("to-hf")]
+    | Annotated[Verify, subcommand("verify")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    job: Any = parse(Job, argv or ["--help"], prog="qwen2-jax convert")
+    if isinstance(job, Verify):
+        return _verify(job)
+    with progress_bar("converting", quiet=job.json) as progress:
+        if isinstance(job, FromHf):
+            report = convert_from_hf(
+                job.src,
+                job.dst,
+                dtype=job.dtype,
+                max_host_memory=job.max_host_memory,
+                overwrite=job.overwrite,
+                allow_pickle=job.allow_pickle,
+                progress=progress,
+            )
+        else:
+            report = convert_to_hf(
+                job.src,
+                job.dst,
+                dtype=job.dtype,
+                shard_size=job.shard_size,
+                fused_experts=job.fused_experts,
+                max_host_memory=job.max_host_memory,
+                overwrite=job.overwrite,
+                progress=progress,
+            )
+    for warning in report.warnings:
+        print(f"qwen2-jax: warning: {warning}", file=sys.stderr)
+    print(json.dumps(dataclasses.asdict(report)) if job.json else _sentence(report))
+    return 0
+
+
+def _sentence(report: Report) -> str:
+    if report.already_complete:
+        return f"{report.destination} is complete already; nothing to do (--overwrite makes it anew)"
+    resumed = f", {report.bytes_resumed / 1e9:.2f} GB of it from an earlier run" if report.bytes_resumed else ""
+    return (
+        f"{report.destination}: {report.parameters:,} parameters in {report.arrays} arrays, "
+        f"{report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s{resumed}"
+    )
+
+
+def _verify(job: Verify) -> int:
+    a, b = open_checkpoint(job.a), open_checkpoint(job.b)
+    with progress_bar("comparing", quiet=job.json) as progress:
+        result = compare(a, b, job.tolerance, progress)
+    logits = None
+    if job.logits and a.config == b.config:
+        logits = logits_difference(job.a, job.b)
+    # Across number formats logits differ by rounding: then only a tolerance that was given can judge them.
+    limit = 0.0 if job.tolerance is None and a.dtypes == b.dtypes else job.tolerance
+    apart = None if logits is None else logits["max_abs_diff"]
+    far = apart is not None and limit is not None and not apart <= limit
+    if job.json:
+        print(json.dumps({"equal": result.equal and not far, **dataclasses.asdict(result), "logits": logits}))
+    else:
+        for difference in result.differences[:_SHOWN]:
+            print(_difference(difference))
+        if len(result.differences) > _SHOWN:
+            print(f"... and {len(result.differences) - _SHOWN} more arrays that differ")
+        if logits is not None:
+            agree = "the same" if logits["same_tokens"] else "not the same"
+            print(
+                f"logits of {logits['prompt_tokens']} tokens: largest difference {logits['max_abs_diff']:.3g}, {agree} "
+                "most likely tokens"
+            )
+    if not result.equal:
+        raise ValueError(f"{job.a} and {job.b} differ: {_summary(result)}")
+    if far:
+        raise ValueError(f"the logits of {job.a} and {job.b} differ by up to {apart:.3g}")
+    if not job.json:
+        print(f"equal: {result.compared} arrays, {result.numbers:,} parameters")
+    return 0
+
+
+def _summary(result: Comparison) -> str:
+    kinds = {
+        "arrays only in the first": list(result.only_in_a),
+        "arrays only in the second": list(result.only_in_b),
+        "arrays of another shape": list(result.other_shape),
+        "fields of config.json": list(result.config),
+    }
+    parts = [listing(kinds)] if any(kinds.values()) else []
+    if result.differences:
+        parts.append(
+            f"{len(result.differences)} of {result.compared} arrays, first {_difference(result.differences[0])}"
+        )
+    return "; ".join(parts)
+
+
+def _difference(difference: Difference) -> str:
+    a, b = difference.values
+    return (
+        f"{difference.tensor}{list(difference.index)} is {a:g} and {b:g} ({difference.count} numbers of "
+        f"{difference.array} differ, by up to {difference.max_abs_diff:.3g})"
+    )

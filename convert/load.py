@@ -1,0 +1,243 @@
+"""Checkpoints in memory: folders of either kind -> the model's parameters, and parameters -> a folder of ours."""
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from convert.checkpoint import open_checkpoint
+from convert.chunks import Chunk, Source
+from convert.dtypes import FLOAT32, weight_dtype
+from convert.folder import carried_files, check_vocabulary, config_bytes
+from convert.names import Shape, arrays_of
+from convert.native import NativeSink
+from convert.workspace import open_workspace
+from qwen2_jax.config import Qwen2Config
+from sharding.rules import param_shardings
+
+Params = dict[str, Any]
+
+_THREADS = 4  # reading and hashing release the interpreter's lock; more threads than cores hide waiting for the disk
+_ALIGNMENT = 64  # bytes; JAX on CPU takes over memory that is aligned so, and copies any other
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], dtype: Any = None, mesh: jax.sharding.Mesh | None = None, stacked: bool = False
+) -> tuple[Qwen2Config, Params]:
+    """Reads a model from a Hugging Face folder, a hub id, or a checkpoint folder of ours.
+
+    Args:
+      path: the folder or id.
+      dtype: of the parameters: bfloat16, float16 or float32. None keeps each one's.
+      mesh: devices to spread the parameters over, by `sharding.rules.param_shardings`; each process reads only what its
+        devices need. None puts everything on the default device.
+      stacked: the form of the parameter tree: per layer (`layers_0`, ...), or with a leading axis over layers.
+
+    Returns:
+      The configuration, and the parameters as nested dicts of jax.Arrays. Their memory is theirs: files may change or
+      go away afterwards.
+
+    Raises:
+      ValueError: for bad input: see `HuggingFaceSource` and `NativeSource`. In a folder of ours every number is checked
+        against its digest before it is used.
+      OSError: if a file cannot be read.
+    """
+    source = open_checkpoint(path)
+    config = source.config
+    target = None if dtype is None else weight_dtype(dtype)
+    leaves = _leaves(config, source.arrays, stacked)
+    shardings = None if mesh is None else _flatten(param_shardings(config, mesh, stacked))
+
+    def load(leaf: str) -> jax.Array:
+        paths = leaves[leaf]
+        shape = source.arrays[paths[0]].shape
+        shape = (len(paths), *shape) if leaf.startswith("layers.") else shape
+        stored = {source.dtypes[path] for path in paths}
+        wanted = target or (stored.pop() if len(stored) == 1 else FLOAT32)
+        if shardings is None:
+            return jax.device_put(_read_box(source, paths, shape, tuple(slice(0, side) for side in shape), wanted))
+        sharding = shardings[leaf]
+        hull = _hull(sharding.addressable_devices_indices_map(shape).values(), shape)
+        block = _read_box(source, paths, shape, hull, wanted)
+        return jax.make_array_from_callback(shape, sharding, lambda index: block[_relative(index, hull, shape)])
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        # Large ones first: the last thread to finish then has little left to do.
+        order = sorted(leaves, key=lambda leaf: -source.arrays[leaves[leaf][0]].size)
+        arrays = dict(zip(order, pool.map(load, order), strict=True))
+    return config, _nest({leaf: arrays[leaf] for leaf in leaves})
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    config: Qwen2Config,
+    params: Mapping[str, Any],
+    tokenizer_from: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint folder of ours; it appears only when it is complete.
+
+    Args:
+      path: the folder to make.
+      config: the model.
+      params: its parameters in either form, nested dicts of arrays (numpy or jax) that this process can address;
+        bfloat16, float16 or float32, each written as it is.
+      tokenizer_from: a checkpoint folder whose tokenizer and generation files are carried along.
+      overwrite: whether a checkpoint at `path` may be replaced.
+
+    Raises:
+      ValueError: if the parameters are not those of `config` (all differences are listed), if the tokenizer has ids
+        that they have no row for, or if `path` is taken.
+      OSError: if it cannot be written.
+    """
+    destination = Path(os.path.realpath(Path(path).expanduser()))
+    arrays = arrays_of(config)
+    rows = _rows(config, params)
+    wrong = [f"{p}: missing" for p in arrays if p not in rows] + [f"{p}: unknown" for p in rows if p not in arrays]
+    wrong += [
+        f"{p}: shape {rows[p][1]}, expected {array.shape}"
+        for p, array in arrays.items()
+        if p in rows and rows[p][1] != array.shape
+    ]
+    wrong += [
+        f"{p}: not addressable by this process"
+        for p, (leaf, _, _) in rows.items()
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"the parameters are not those of the configuration: {'; '.join(wrong[:8])}{more}")
+    dtypes = {p: weight_dtype(rows[p][0].dtype) for p in arrays}
+    carried = carried_files(Path(tokenizer_from)) if tokenizer_from else []
+    if tokenizer_from:
+        check_vocabulary(Path(tokenizer_from), config)
+
+    with open_workspace(destination, {"job": "save", "process": os.getpid()}, overwrite) as work:
+        sink = NativeSink(work.folder, arrays, dtypes)
+
+        def save(array_path: str) -> list[str]:
+            leaf, _, row = rows[array_path]
+            flat = np.ascontiguousarray(leaf if row is None else leaf[row]).reshape(-1)
+            digests = []
+            for chunk in sink.chunks(array_path):
+                numbers = flat[chunk.start : chunk.stop]
+                sink.write(array_path, chunk, numbers)
+                digests.append(sink.digest(array_path, chunk, numbers))
+            return digests
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            digests = dict(zip(arrays, pool.map(save, arrays), strict=True))
+        for file in carried:
+            shutil.copyfile(file, work.folder / file.name)
+        (work.folder / "config.json").write_bytes(config_bytes(config, dtypes["embed.embedding"]))
+        sink.finish(digests)
+        work.publish()
+
+
+def _leaves(config: Qwen2Config, paths: Mapping[str, Any], stacked: bool) -> dict[str, list[str]]:
+    """The arrays that make up each leaf of the wanted tree: one, or one per layer of its kind, in order."""
+    leaves: dict[str, list[str]] = {}
+    for path in paths:
+        first, _, rest = path.partition(".")
+        if stacked and first.startswith("layers_"):
+            block = int(first.removeprefix("layers_")) % config.layer_period
+            leaves.setdefault(f"layers.block_{block}.{rest}", []).append(path)
+        else:
+            leaves[path] = [path]
+    return leaves
+
+
+def _rows(config: Qwen2Config, params: Mapping[str, Any]) -> dict[str, tuple[Any, Shape, int | None]]:
+    """For each per-layer path: the leaf that holds it, its shape, and its row if the leaf is stacked."""
+    rows: dict[str, tuple[Any, Shape, int | None]] = {}
+    for path, leaf in _flatten(params).items():
+        if not path.startswith("layers.block_"):
+            rows[path] = (leaf, tuple(leaf.shape), None)
+            continue
+        block, _, rest = path.removeprefix("layers.block_").partition(".")
+        for row in range(leaf.shape[0]):
+            layer = row * config.layer_period + int(block)
+            rows[f"layers_{layer}.{rest}"] = (leaf, tuple(leaf.shape[1:]), row)
+    return rows
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, child in tree.items():
+        flat.update(_flatten(child, f"{prefix}{key}.") if isinstance(child, Mapping) else {prefix + key: child})
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+Box = tuple[slice, ...]
+
+
+def _read_box(source: Source, paths: list[str], shape: Shape, box: Box, dtype: np.dtype) -> np.ndarray:
+    """The numbers of a leaf of `shape` that lie in `box`, cast to `dtype`, in memory of their own, aligned for JAX.
+
+    A leaf with one more axis than its arrays is the stack of those at `paths`.
+    """
+    out = _aligned_empty(tuple(side.stop - side.start for side in box), dtype)
+    if len(shape) == len(source.arrays[paths[0]].shape):
+        _read_array_box(source, paths[0], box, out)
+    else:
+        for layer, path in enumerate(paths[box[0]]):
+            _read_array_box(source, path, box[1:], out[layer])
+    return out
+
+
+def _read_array_box(source: Source, path: str, box: Box, out: np.ndarray) -> None:
+    stored = source.dtypes[path]
+    for chunk, inside in _chunks_in(source, path, box):
+        target = out[_shifted(inside, box)]
+        if inside == chunk.box and target.flags.c_contiguous and stored == out.dtype:
+            source.read(path, chunk.start, target.reshape(-1))
+            continue
+        numbers = np.empty(chunk.stop - chunk.start, stored)
+        source.read(path, chunk.start, numbers)
+        np.copyto(target, numbers.reshape(chunk.shape)[_shifted(inside, chunk.box)], casting="unsafe")
+
+
+def _chunks_in(source: Source, path: str, box: Box) -> Iterator[tuple[Chunk, Box]]:
+    """The chunks of an array that meet `box`, each with the part of it that does."""
+    for chunk in source.chunks(path):
+        sides = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(chunk.box, box, strict=True)]
+        if all(low < high for low, high in sides):
+            yield chunk, tuple(slice(low, high) for low, high in sides)
+
+
+def _shifted(box: Box, origin: Box) -> Box:
+    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, origin, strict=True))
+
+
+def _hull(boxes: Any, shape: Shape) -> Box:
+    """The smallest box around the index of each device of this process."""
+    sides = [[side.indices(size)[:2] for side, size in zip(box, shape, strict=True)] for box in boxes]
+    lows_and_highs = [list(zip(*side, strict=True)) for side in zip(*sides, strict=True)]
+    return tuple(slice(min(lows), max(highs)) for lows, highs in lows_and_highs)
+
+
+def _relative(index: Any, hull: Box, shape: Shape) -> Any:
+    return _shifted(tuple(slice(*side.indices(size)[:2]) for side, size in zip(index, shape, strict=True)), hull)
+
+
+def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    skip = -memory.ctypes.data % _ALIGNMENT
+    return memory[skip : skip + size].view(dtype).reshape(shape)

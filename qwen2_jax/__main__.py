@@ -1,0 +1,3 @@
+from qwen2_jax.cli import main
+
+raise SystemExit(main())

