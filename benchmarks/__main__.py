@@ -54,6 +54,11 @@ class Speed(Common):
         if self.size not in SIZES:
             raise ValueError(f"unknown --size {self.size!r}; known are {', '.join(SIZES)}")
 
+    @property
+    def measured(self) -> str:
+        """The options that shape the measurement."""
+        return f"--size {self.size} --dtype {' '.join(self.dtype)} --repeats {self.repeats}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Convert(Common):
@@ -68,6 +73,13 @@ class Convert(Common):
         super().__post_init__()
         if not self.gigabytes > 0:
             raise ValueError(f"--gigabytes must be positive, got {self.gigabytes}")
+
+    @property
+    def measured(self) -> str:
+        """The options that shape the measurement."""
+        return (
+            f"convert --gigabytes {self.gigabytes:g} --max-host-memory {self.max_host_memory} --repeats {self.repeats}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,14 +97,13 @@ def _run(argv: Sequence[str]) -> None:
     about = machine.describe()
     if about["load_average"] > 0.5:
         machine.say(f"warning: the machine is busy (load average {about['load_average']:.1f}); the numbers will be low")
-    with tempfile.TemporaryDirectory(
-        prefix="qwen2-jax-benchmark-", dir=options.scratch and options.scratch.resolve()
-    ) as folder:
+    place = options.scratch.resolve() if options.scratch else None
+    with tempfile.TemporaryDirectory(prefix="qwen2-jax-benchmark-", dir=place) as folder:
         if converting:
             report = conversion.measure(Path(folder), options.gigabytes, options.max_host_memory, options.repeats)
         else:
             report = side_by_side.measure(Path(folder), options.size, options.dtype, options.repeats)
-    report = {"command": " ".join(["python -m benchmarks", *argv]), "machine": about, **report}
+    report = {"command": f"python -m benchmarks {options.measured}", "machine": about, **report}
     table.show(report)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

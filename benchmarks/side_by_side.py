@@ -25,7 +25,13 @@ _TASKS: dict[str, dict[str, Any]] = {
     "decoding step, batch 1": {"task": "decode", "rows": 1, "prompt": PROMPT_TOKENS, "new": NEW_TOKENS},
     "decoding step, batch 8": {"task": "decode", "rows": 8, "prompt": PROMPT_TOKENS, "new": NEW_TOKENS},
 }
+_LOAD_HF, _LOAD_CONVERTED = "loading, Hugging Face folder", "loading, converted folder"
+_MEMORY = "peak memory"
+_WHOLE = f"whole run, {_MEMORY}"
+_WHOLE_DEVICE = f"{_WHOLE} of the accelerator"
 _COMPILATION = "first calls (compilation)"
+_LOADS = (_LOAD_HF, f"{_LOAD_HF}, {_MEMORY}", _LOAD_CONVERTED, f"{_LOAD_CONVERTED}, {_MEMORY}")
+_LINES = (*_TASKS, *_LOADS, _WHOLE, _WHOLE_DEVICE, _COMPILATION)
 
 
 def measure(folder: Path, size: str, dtypes: Sequence[str], repeats: int) -> dict[str, Any]:
@@ -86,11 +92,11 @@ class _Run:
         workers: dict[str, Worker] = {}
         for turn in range(self.repeats):
             say(f"{self.dtype}: loading, {turn + 1} of {self.repeats}")
-            self._load(OURS, "converted folder", converted).close()
+            self._load(OURS, _LOAD_CONVERTED, converted).close()
             # PyTorch would use the CPU even where JAX has an accelerator: a ratio of two machines.
             comparable = self._about[OURS]["device"] == "cpu" and _has("torch") and _has("transformers")
             for name in (THEIRS, OURS) if comparable else (OURS,):
-                workers[name] = self._load(name, "Hugging Face folder", hf)
+                workers[name] = self._load(name, _LOAD_HF, hf)
                 if turn < self.repeats - 1:
                     workers.pop(name).close()
         return workers
@@ -108,21 +114,22 @@ class _Run:
                         self._note(task, name, answer.get("seconds_per_step", answer["wall_seconds"]))
         for name, worker in workers.items():
             answer = worker.ask("about")
-            self._note("whole run, peak memory", name, answer["peak_memory"])
-            self._note("whole run, peak memory of the accelerator", name, answer["peak_device_memory"])
+            self._note(_WHOLE, name, answer["peak_memory"])
+            self._note(_WHOLE_DEVICE, name, answer["peak_device_memory"])
             extra = sum(first - statistics.median(rest) for first, *rest in walls[name].values())
             self._note(_COMPILATION, name, max(extra, 0.0))
 
     def results(self) -> list[dict[str, Any]]:
         """One entry per line of the table."""
         results = []
-        for line, samples in self._samples.items():
+        for line in filter(self._samples.__contains__, _LINES):
+            samples = self._samples[line]
             medians = {name: statistics.median(found) for name, found in samples.items()}
             comparable = len(medians) == 2 and line != _COMPILATION
             result = {
                 "dtype": self.dtype,
                 "measure": line,
-                "unit": "bytes" if "memory" in line else "seconds",
+                "unit": "bytes" if _MEMORY in line else "seconds",
                 "medians": medians,
                 "ratio": medians[THEIRS] / medians[OURS] if comparable else None,
                 "samples": samples,
@@ -132,14 +139,14 @@ class _Run:
             results.append(result)
         return results
 
-    def _load(self, name: str, what: str, folder: Path) -> Worker:
+    def _load(self, name: str, line: str, folder: Path) -> Worker:
         """A new process that has loaded `folder`."""
         worker = Worker(_MODULES[name])
         self._stack.callback(worker.close)
         self._about[name] = worker.ask("about")  # comes once libraries are imported and devices started
         answer = worker.ask("load", folder=str(folder))
-        self._note(f"loading, {what}", name, answer["wall_seconds"])
-        self._note(f"loading, {what}, peak memory", name, answer["peak_memory"])
+        self._note(line, name, answer["wall_seconds"])
+        self._note(f"{line}, {_MEMORY}", name, answer["peak_memory"])
         return worker
 
     def _note(self, line: str, name: str, value: float | None) -> None:

@@ -140,7 +140,6 @@ def _kind_and_expert(name: str) -> tuple[str, int]:
 
 
 def _axis_sizes(config: Qwen2Config) -> dict[str, int]:
-    assert config.head_dim is not None
     return {
         "V": config.vocab_size,
         "D": config.hidden_size,

@@ -1,7 +1,7 @@
-"""Causal grouped-query attention: a dense reference, and a chunked path whose memory grows with T and S, not with T * S.
+"""Causal grouped-query attention: a dense reference, and a chunked path whose memory is linear in T and S.
 
-Both take a `Context`, which says where the queries stand among the keys and which document each belongs to. A query sees
-the keys of its own document that do not stand after it. Queries that see nothing (padding) get zeros.
+Both take a `Context`, which says where the queries stand among the keys and which document each belongs to. A query
+sees the keys of its own document that do not stand after it. Queries that see nothing (padding) get zeros.
 """
 
 import functools

@@ -36,8 +36,7 @@ def empty_cache(
     """A cache for `batch` rows of `size` slots, for parameters in the per-layer or the stacked form."""
     period = config.layer_period
     count = config.num_hidden_layers if not stacked else period
-    shape = (batch, config.num_key_value_heads, size, config.head_dim)
-    if stacked:
-        shape = (config.num_hidden_layers // period, *shape)
+    lead = (config.num_hidden_layers // period,) if stacked else ()
+    shape = (*lead, batch, config.num_key_value_heads, size, config.head_dim)
     layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(count))
     return Cache(layers, jnp.zeros((batch, size), jnp.int32), jnp.zeros((), jnp.int32))

@@ -74,8 +74,8 @@ class Qwen2Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
-    head_dim: int | None = None
-    """Width of one head; None stands for hidden_size / num_attention_heads and is replaced by it."""
+    head_dim: int = 0
+    """Width of one head; 0 stands for hidden_size / num_attention_heads and is replaced by it."""
     max_position_embeddings: int = 32768
     rope_theta: float = _DEFAULT_ROPE_THETA
     rms_norm_eps: float = 1e-6
@@ -96,7 +96,7 @@ class Qwen2Config:
     """The config.json this came from, so that `to_hf` loses nothing; empty if there was none."""
 
     def __post_init__(self):
-        if self.head_dim is None and self.num_attention_heads > 0:
+        if self.head_dim == 0 and self.num_attention_heads > 0:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         problems = list(_contradictions(self))
         if problems:
@@ -251,7 +251,6 @@ def _type_problems(values: Mapping[str, Any]) -> list[str]:
     """Fields whose JSON value is of another kind than the declared one (a number as text, a float as a size)."""
     kinds: dict[Any, tuple[type, ...]] = {
         int: (int,),
-        int | None: (int,),
         float: (int, float),
         bool: (bool,),
         tuple[int, ...]: (tuple,),
@@ -280,7 +279,6 @@ def _contradictions(config: Qwen2Config):
     if bad:
         yield from bad
         return
-    assert config.head_dim is not None
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         yield f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"

@@ -1,9 +1,10 @@
 """Text generation: one compiled prefill per length bucket, one compiled decode loop.
 
-The prompt's length is rounded up to a bucket, so few programs are compiled; the decode loop runs on the device until every
-row has ended, with no round trip per token.
+The prompt's length is rounded up to a bucket, so few programs are compiled; the decode loop runs on the device until
+every row has ended, with no round trip per token.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from jax import lax
 
 from qwen2_jax.cache import Cache, empty_cache
 from qwen2_jax.config import Qwen2Config
-from qwen2_jax.model import Params, Qwen2
+from qwen2_jax.model import Params, forward
 from qwen2_jax.sampling import Sampling, Steps, Values, next_token
 
 STREAM_CHUNK = 8
@@ -78,24 +79,29 @@ def generate(
       [B, new] int32; as many columns as the longest answer has.
 
     Raises:
-      ValueError: for an empty prompt, ids outside the vocabulary, lengths that do not fit, more positions than the model
-        has, or sampling values outside their ranges.
+      ValueError: for an empty prompt, ids outside the vocabulary, lengths that do not fit, more positions than the
+        model has, or sampling values outside their ranges.
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    run = Generation(
-        *(config, params, tokens, lengths),
-        **dict(
-            max_new_tokens=max_new_tokens, sampling=sampling, eos_ids=eos_ids, pad_id=pad_id, seed=seed, dtype=dtype
-        ),
-    )
-    return run.advance()
+    return Generation(
+        config,
+        params,
+        tokens,
+        lengths,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        seed=seed,
+        dtype=dtype,
+    ).advance()
 
 
 class Generation:
     """A batch of prompts being continued, for callers that want the tokens as they come or the phases apart.
 
-    Building one runs the prefill and chooses each row's first token; `advance` runs the decode loop. Arguments and errors
-    are those of `generate`, with the sampling keywords in one object.
+    Building one runs the prefill and chooses each row's first token; `advance` runs the decode loop. Arguments and
+    errors are those of `generate`, with the sampling keywords in one object.
     """
 
     def __init__(
@@ -219,16 +225,15 @@ def _prefill(
     rows, width = tokens.shape
     real = jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]
     cache = empty_cache(config, rows, slots, dtype, stacked="layers" in params)
-    out = Qwen2(config, dtype=dtype).apply(
-        {"params": params}, tokens, segment_ids=real.astype(jnp.int32), cache=cache, logits="last"
-    )
+    out = forward(config, params, tokens, dtype, segment_ids=real.astype(jnp.int32), cache=cache, logits="last")
+    assert out.cache is not None and out.logits is not None
     seen = None
     if steps.penalised:
         seen = jnp.zeros((rows, config.vocab_size), jnp.int32)
         seen = seen.at[jnp.arange(rows, dtype=jnp.int32)[:, None], tokens].max(real.astype(jnp.int32)) > 0
     state = State(
         # The padding after the longest prompt is invisible: let the answer overwrite it.
-        cache=out.cache.replace(length=lengths.max()),
+        cache=dataclasses.replace(out.cache, length=lengths.max()),
         token=jnp.zeros(rows, jnp.int32),
         answer=jnp.broadcast_to(ends.pad_id, (rows, room)),
         count=jnp.zeros((), jnp.int32),
@@ -252,14 +257,14 @@ def _decode(
     dtype: Any,
 ) -> State:
     """Adds tokens until `limit` of them are chosen or every row has ended."""
-    model = Qwen2(config, dtype=dtype)
 
     def unfinished(state: State) -> jax.Array:
         return (state.count < limit) & ~state.ended.all()
 
     def step(state: State) -> State:
-        out = model.apply({"params": params}, state.token[:, None], cache=state.cache, logits="all")
-        return _choose(state.replace(cache=out.cache), out.logits[:, 0], steps, values, ends)
+        out = forward(config, params, state.token[:, None], dtype, cache=state.cache)
+        assert out.cache is not None and out.logits is not None
+        return _choose(dataclasses.replace(state, cache=out.cache), out.logits[:, 0], steps, values, ends)
 
     return lax.while_loop(unfinished, step, state)
 
@@ -271,7 +276,8 @@ def _choose(state: State, logits: jax.Array, steps: Steps, values: Values, ends:
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(token), dtype=jnp.int32), token].set(True)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         token=token,
         answer=lax.dynamic_update_slice(state.answer, token[:, None], (0, state.count)),
         count=state.count + 1,

@@ -1,7 +1,7 @@
 """The modules of a Qwen2 block. They own weights and call the mathematics; each weight is declared once."""
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -50,7 +50,8 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 def _weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], init: nn.initializers.Initializer
 ) -> jax.Array:
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    # `param` takes the array out of the box that carries the logical axes; its annotation does not know.
+    return cast(jax.Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32))
 
 
 class RMSNorm(nn.Module):
@@ -112,7 +113,6 @@ class Attention(nn.Module):
         """x [B, T, D] -> ([B, T, D], the layer's cache with T more slots)."""
         config = self.config
         width, head_dim = config.hidden_size, config.head_dim
-        assert head_dim is not None
         heads, kv_heads, std = config.num_attention_heads, config.num_key_value_heads, config.initializer_range
 
         def head_projection(name: str, count: int, axis: str) -> jax.Array:

@@ -38,8 +38,8 @@ class Output:
 class Qwen2(nn.Module):
     """The decoder of the Qwen2 technical report, dense or mixture of experts, as a pure function of its parameters.
 
-    Parameters come in two forms with the same numbers: per layer (`layers_0`, `layers_1`, ...) and stacked (`layers`, with
-    a leading axis, scanned over: one layer is compiled instead of L). `stack_layers` and `unstack_layers` convert.
+    Parameters come in two forms with the same numbers: per layer (`layers_0`, `layers_1`, ...) and stacked (`layers`,
+    with a leading axis, scanned over: one layer is compiled instead of L). `stack_layers` and `unstack_layers` convert.
     """
 
     config: Qwen2Config
@@ -64,12 +64,12 @@ class Qwen2(nn.Module):
 
         Args:
           tokens: [B, T] int32 ids; padding may hold any id.
-          positions: [B, T] int32 for RoPE; by default each segment counts from 0 (with a cache: from the row's real tokens
-            so far).
+          positions: [B, T] int32 for RoPE; by default each segment counts from 0 (with a cache: from the row's real
+            tokens so far).
           segment_ids: [B, T] int32, the document of each token, 0 for padding (left or right); a token sees the earlier
             tokens of its own document. By default every token belongs to document 1.
           cache: of `empty_cache`; these tokens are appended and see what it holds. It must have room for T more.
-          logits: for "all" tokens, for each row's "last" real token, or "none", so that a long prefill never holds [T, V].
+          logits: for "all" tokens, for each row's "last" real token, or "none"; a long prefill need not hold [T, V].
         """
         config = self.config
         if self.remat not in REMAT_POLICIES:
@@ -89,8 +89,10 @@ class Qwen2(nn.Module):
         with jax.named_scope("embed"):
             x = embed(tokens, self.dtype)
         frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta)
+        cos, sin = rope.rotary_tables(positions, frequencies, x.dtype)
         sequence = Sequence(
-            *rope.rotary_tables(positions, frequencies, x.dtype),
+            cos,
+            sin,
             context=Context(start, segment_ids, key_segments),
             real=segment_ids != 0,
         )
@@ -171,8 +173,21 @@ def _total(statistics: list[RouterStatistics | None]) -> RouterStatistics | None
     return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *sums) if sums else None
 
 
+def forward(
+    config: Qwen2Config,
+    params: Params,
+    tokens: jax.Array,
+    dtype: jax.typing.DTypeLike | None = None,
+    **arguments: Any,
+) -> Output:
+    """`Qwen2(config, dtype=dtype).apply`, with its result's type."""
+    output = Qwen2(config, dtype=dtype).apply({"params": params}, tokens, **arguments)
+    assert isinstance(output, Output)
+    return output
+
+
 def default_positions(segment_ids: jax.Array, cache: Cache | None = None) -> jax.Array:
-    """[B, T] int32: each token's count within its segment of segment_ids [B, T], continued from a cache if one is given."""
+    """[B, T] int32: each token's count within its segment of segment_ids [B, T], continued from a cache if given."""
     real = (segment_ids != 0).astype(jnp.int32)
     if cache is not None:
         before = (cache.segment_ids != 0).sum(axis=1, dtype=jnp.int32)[:, None]
@@ -206,7 +221,7 @@ def abstract_params(config: Qwen2Config, dtype: jax.typing.DTypeLike = jnp.float
 
 
 def logical_axes(config: Qwen2Config, stacked: bool = False) -> Params:
-    """The parameter tree with each array replaced by a tuple of its dims' logical names, as ("kv_heads", "head_dim", "embed").
+    """The parameter tree with a tuple of logical names for each array, as ("kv_heads", "head_dim", "embed").
 
     Names: vocab, embed, heads, kv_heads, head_dim, mlp, expert, expert_mlp, router, and layers in stacked form.
     """
@@ -214,11 +229,11 @@ def logical_axes(config: Qwen2Config, stacked: bool = False) -> Params:
     names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
     if stacked:
         return names
-    return _unstack(names, config, lambda axes, index: axes[1:])
+    return _unstack(names, config, lambda index, axes: axes[1:])
 
 
 def stack_layers(params: Params, config: Qwen2Config) -> Params:
-    """Per-layer parameters in the stacked form; every leaf of `layers` gains a leading axis of L / config.layer_period."""
+    """Per-layer parameters in the stacked form; leaves of `layers` gain a leading axis of L / config.layer_period."""
     period = config.layer_period
     layers = [params[f"layers_{i}"] for i in range(config.num_hidden_layers)]
     blocks = {f"block_{p}": jax.tree.map(lambda *rows: jnp.stack(rows), *layers[p::period]) for p in range(period)}
@@ -227,17 +242,15 @@ def stack_layers(params: Params, config: Qwen2Config) -> Params:
 
 def unstack_layers(params: Params, config: Qwen2Config) -> Params:
     """The inverse of `stack_layers`."""
-    return _unstack(params, config, lambda leaf, index: leaf[index])
+    return _unstack(params, config, lambda index, leaf: leaf[index])
 
 
 def _unstack(tree: Params, config: Qwen2Config, take) -> Params:
     result = {name: child for name, child in tree.items() if name != "layers"}
     for i in range(config.num_hidden_layers):
         index, p = divmod(i, config.layer_period)
-        block = tree["layers"][f"block_{p}"]
-        result[f"layers_{i}"] = jax.tree.map(
-            lambda leaf: take(leaf, index), block, is_leaf=lambda x: isinstance(x, tuple)
-        )
+        one = functools.partial(take, index)
+        result[f"layers_{i}"] = jax.tree.map(one, tree["layers"][f"block_{p}"], is_leaf=lambda x: isinstance(x, tuple))
     return result
 
 

@@ -100,8 +100,8 @@ def experts_by_loop(x: jax.Array, routing: Routing, experts: Experts) -> jax.Arr
 def experts_by_sorting(x: jax.Array, routing: Routing, experts: Experts) -> jax.Array:
     """Sorts the (token, choice) pairs by expert and multiplies each expert's rows with its weights only.
 
-    Rows go into tiles of one expert each, so the work is the routed rows rounded up to tiles and no buffer is larger than
-    that. Nothing is dropped, however the router chooses. Arguments and result as for `experts_by_loop`.
+    Rows go into tiles of one expert each, so the work is the routed rows rounded up to tiles and no buffer is larger
+    than that. Nothing is dropped, however the router chooses. Arguments and result as for `experts_by_loop`.
     """
     tokens, choices = routing.experts.shape
     tiles = _tiles(routing.experts, experts.gate.shape[0])

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 _FEW_ROWS = 64
-"""Up to here (decoding) products are written as plain matrix products, in the operand order that XLA:CPU runs fastest."""
+"""Up to here (decoding) products are written as plain matrix products, in the order that XLA:CPU runs fastest."""
 
 
 def project(
@@ -26,8 +26,8 @@ def project(
     """`einsum(equation, x, kernel) + bias`, accumulated in float32 and rounded once.
 
     Args:
-      equation: einsum of two operands, activations first, in the letters of the axis legend: "BTD,NHD->BTNH". The kernel's
-        letters that stand in the result come last there, in the kernel's order.
+      equation: einsum of two operands, activations first, in the letters of the axis legend: "BTD,NHD->BTNH". Those
+        of the kernel that stand in the result come last there, in the kernel's order.
       x: activations.
       kernel: weight of any float dtype, taken in x's dtype; its gradient comes back in its own.
       bias: added before the rounding, as PyTorch's linear layers do.
@@ -49,7 +49,7 @@ def _contract(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """float32 einsum of x and a kernel taken in x's dtype.
 
     The gradient is written out because automatic differentiation would multiply a float32 cotangent with a bfloat16
-    operand, which no accelerator has a fast instruction for, and would round the gradient of a float32 kernel to bfloat16.
+    operand, which no accelerator has a fast instruction for, and would round a float32 kernel's gradient to bfloat16.
     """
     kernel = kernel.astype(x.dtype)
     x_axes, kernel_axes, y_axes = _axes(equation)
@@ -70,8 +70,8 @@ def _contract(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _few_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [M, I] times kernel [O, I] for a few rows, [M, O] float32.
 
-    Any order of operands is right; these are the ones measured to be fast on CPU, where decoding is bound by how fast the
-    kernel is read (docs/performance.md). Accelerators compile all of them to the same program.
+    Any order of operands is right; these are the ones measured to be fast on CPU, where decoding is bound by how fast
+    the kernel is read (docs/performance.md). Accelerators compile all of them to the same program.
     """
     if x.dtype == jnp.float32:
         # The unit axis lets XLA:CPU return the transposed product without a slow transposition.

@@ -18,5 +18,5 @@ REMAT_POLICIES: dict[str, Callable | None] = {
         offload_dst="pinned_host",
     ),
 }
-"""From fastest to smallest: "none" keeps everything, "projections" all matrix products but two, "attention" the attention
-output, "full" only each layer's input; "offload" keeps the projections in the host's memory."""
+"""From fastest to smallest: "none" keeps everything, "projections" all matrix products but two, "attention" the
+attention output, "full" only each layer's input; "offload" keeps the projections in the host's memory."""

@@ -23,7 +23,7 @@ class Sampling:
     top_p: float = 1.0
     """Keep the smallest set of most probable tokens whose probability reaches top_p; 1 keeps all."""
     repetition_penalty: float = 1.0
-    """Divide the logits of tokens already seen, in the prompt or the answer, if positive, else multiply; 1 changes nothing."""
+    """Divides the logits of tokens seen in the prompt or the answer if positive, else multiplies; 1 changes nothing."""
 
     def __post_init__(self):
         rules = {

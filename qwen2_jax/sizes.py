@@ -1,7 +1,7 @@
 """The published sizes, as data.
 
-Sources: Qwen2 technical report, Table 1, and the config.json of each repository; Qwen1.5 and Qwen2.5 relatives share the
-architecture, so they load too. Parameter counts are asserted in tests by `jax.eval_shape`.
+Sources: Qwen2 technical report, Table 1, and the config.json of each repository; Qwen1.5 and Qwen2.5 relatives share
+the architecture, so they load too. Parameter counts are asserted in tests by `jax.eval_shape`.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ class Loss(NamedTuple):
 
 
 def next_token_targets(tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-    """[B, T] int32: the token after each of tokens [B, T]; IGNORE at the end of a row, of a document, and on padding."""
+    """[B, T] int32: the token after each of tokens [B, T]; IGNORE at the end of rows and documents, and on padding."""
     targets = jnp.roll(tokens, -1, axis=1).at[:, -1].set(IGNORE)
     if segment_ids is None:
         return targets

@@ -57,6 +57,8 @@ class Session:
         from qwen2_jax.generation_config import GenerationConfig
         from qwen2_jax.tokenizer import Tokenizer
 
+        if not 0 <= options.seed < 2**31:
+            raise ValueError(f"--seed must be from 0 to {2**31 - 1}, got {options.seed}")
         self.options = options
         self.folder = local_folder(options.model)
         self.config = read_config(self.folder)
@@ -102,7 +104,7 @@ class Session:
             sampling=self.generation.sampling,
             eos_ids=self.generation.eos_ids,
             pad_id=self.generation.pad_id,
-            seed=self.options.seed + seed,
+            seed=(self.options.seed + seed) % 2**31,
         )
 
     def stream(self, prompt: Sequence[int]) -> Iterator[str]:

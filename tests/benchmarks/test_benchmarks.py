@@ -17,7 +17,7 @@ COMPARED = all(importlib.util.find_spec(module) for module in ("torch", "transfo
 def page(folder, kind):
     """A Markdown file with an empty block for the benchmark `kind`."""
     path = folder / "page.md"
-    path.write_text(f"before\n\n{table._begin(kind)}\nold\n{table._end(kind)}\n\nafter\n")
+    path.write_text(f"before\n\n{table._begin(kind)}\nwhat stood here\n{table._end(kind)}\n\nafter\n")
     return path
 
 
@@ -43,7 +43,7 @@ def test_speed(tmp_path, capsys):
     assert "decoding step, batch 8" in capsys.readouterr().out
     text = markdown.read_text()
     assert text.startswith("before\n\n<!--") and text.endswith("-->\n\nafter\n")
-    assert "| prefill of 512 tokens |" in text and "old" not in text
+    assert "| prefill of 512 tokens |" in text and "what stood here" not in text
     assert not list(tmp_path.glob("qwen2-jax-benchmark-*"))
 
 

@@ -129,5 +129,5 @@ def test_long_inputs_take_the_chunked_path():
 
 def test_unknown_implementation():
     query, key, value, _ = inputs()
-    with pytest.raises(ValueError, match="one of dense, chunked, got 'flash'"):
+    with pytest.raises(ValueError, match="attention must be one of dense, chunked, got 'flash'"):
         attend(query, key, value, CONTEXTS["causal"], "flash")

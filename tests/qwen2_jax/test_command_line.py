@@ -244,6 +244,7 @@ def test_generate_mistakes(run, model, type_in, tmp_path):
     fails(run(*flags, "--prompt", "a", "--temperature", -1), "temperature must be 0 or more")
     fails(run(*flags, "--prompt", "a", "--top-k", 5), "--top-k changes nothing at temperature 0")
     fails(run(*flags, "--prompt", "a", "--batch-size", 0), "--batch-size")
+    fails(run(*flags, "--prompt", "a", "--seed", 2**31), "--seed")
 
 
 def test_tokenizer_and_model_must_fit(run, model, tmp_path):

@@ -85,7 +85,7 @@ def test_padded_rows_equal_single_rows(pair, side):
 
 def test_greedy_tokens(pair):
     lengths = [LENGTH, 5, 13]
-    # Stacked layers compile several times faster, which matters for experts; the dense models go through the other form.
+    # Stacked layers compile faster, which matters for experts; the dense models go through the other form.
     params = stack_layers(pair.params, pair.config) if pair.config.is_moe else pair.params
     ours = generate(pair.config, params, pair.tokens, lengths, max_new_tokens=64)
     for row, length in enumerate(lengths):
