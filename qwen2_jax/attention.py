@@ -56,9 +56,7 @@ def attend(
     if implementation is None:
         implementation = "dense" if query.shape[1] * key.shape[2] <= _DENSE_LIMIT else "chunked"
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}"
-        )
+        raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     return IMPLEMENTATIONS[implementation](query, key, value, context)
 
 

@@ -67,7 +67,7 @@ def test_float32_master_weights_get_float32_gradients():
 
 
 def test_bias_is_added_before_rounding():
-    x, bias = jnp.full((1, 1, 2), 128.5, jnp.bfloat16), jnp.full((1,), 1.5, jnp.bfloat16)
-    # 257 + 1.5 rounds to 258; rounded to 256 first, it would end at 257.5, which is 258 as well, so 0.75 decides:
-    # 257 + 0.75 = 257.75 rounds to 258, and 256 + 0.75 to 256.
-    assert project("BTD,FD->BTF", x, jnp.ones((1, 2), jnp.bfloat16), bias / 2)[0, 0, 0] == 258
+    x = jnp.array([[[128, 129]]], jnp.bfloat16)
+    kernel, bias = jnp.ones((1, 2), jnp.bfloat16), jnp.full((1,), 0.75, jnp.bfloat16)
+    # 257.75 rounds to 258 in bfloat16; 257 alone rounds to 256, and 256.75 then to 256.
+    assert project("BTD,FD->BTF", x, kernel, bias)[0, 0, 0] == 258
