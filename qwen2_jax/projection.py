@@ -77,7 +77,7 @@ def _few_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
         # The unit axis lets XLA:CPU return the transposed product without a slow transposition.
         return _einsum("OI,MTI->OMT", kernel, x[:, None]).transpose(1, 2, 0)[:, 0]
     if jax.default_backend() == "cpu":
-        # Tied to x, so that XLA does not turn every weight into float32 ahead of the decode loop and read twice as much.
+        # Tied to x, lest XLA turn every weight into float32 ahead of the decode loop and read twice as much.
         x, kernel = jax.lax.optimization_barrier((x, kernel))
     if 2 < len(x) <= 8 and kernel.size >= _LARGE_KERNEL and jax.default_backend() == "cpu" and _OLD_CPU:
         return jnp.concatenate([_einsum("MI,OI->MO", row[None], kernel) for row in x])
