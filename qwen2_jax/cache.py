@@ -21,6 +21,8 @@ class Cache:
     """Per layer (key, value), each [B, K, S, H]; of stacked layers one pair for each kind, with a leading axis."""
     segment_ids: jax.Array
     """[B, S] int32; 0 where a slot is empty or holds padding."""
+    positions: jax.Array
+    """[B, S] int32, where each key stands for RoPE: Dual Chunk Attention has to know each key's chunk."""
     length: jax.Array
     """Slots in use, a scalar int32."""
 
@@ -28,6 +30,16 @@ class Cache:
     def size(self) -> int:
         """S."""
         return self.segment_ids.shape[1]
+
+    def check_room(self, tokens: int) -> None:
+        """
+        Raises:
+          ValueError: if so many more tokens do not fit; while a program is being traced, nobody can tell.
+        """
+        if isinstance(self.length, jax.core.Tracer):
+            return
+        if (needed := int(self.length) + tokens) > self.size:
+            raise ValueError(f"the cache has {self.size} slots, with these {tokens} tokens {needed} are needed")
 
 
 def empty_cache(
@@ -39,4 +51,20 @@ def empty_cache(
     lead = (config.num_hidden_layers // period,) if stacked else ()
     shape = (*lead, batch, config.num_key_value_heads, size, config.head_dim)
     layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(count))
-    return Cache(layers, jnp.zeros((batch, size), jnp.int32), jnp.zeros((), jnp.int32))
+    slots = jnp.zeros((batch, size), jnp.int32)
+    return Cache(layers, segment_ids=slots, positions=slots, length=jnp.zeros((), jnp.int32))
+
+
+def extend_cache(cache: Cache, size: int) -> Cache:
+    """The same cache with empty slots added, up to `size` of them in all."""
+
+    def pad(x: jax.Array, dim: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[dim] = (0, size - cache.size)
+        return jnp.pad(x, widths)
+
+    return cache.replace(  # type: ignore[attr-defined]
+        layers=jax.tree.map(lambda x: pad(x, -2), cache.layers),
+        segment_ids=pad(cache.segment_ids, 1),
+        positions=pad(cache.positions, 1),
+    )

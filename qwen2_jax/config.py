@@ -5,6 +5,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qwen2_jax.dual_chunk import DualChunk
+from qwen2_jax.yarn import Yarn
+
 MODEL_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
 
 # What transformers assumes where config.json is silent (configuration_qwen2.py, configuration_qwen2_moe.py).
@@ -47,9 +50,8 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "attention_dropout": (0, None),
     "is_encoder_decoder": (False,),
-    "rope_scaling": (None,),
-    "dual_chunk_attention_config": (None,),
     "sparse_attention_config": (None,),
+    "use_mrope": (False, None),
     "quantization_config": (None,),
 }
 
@@ -78,6 +80,10 @@ class Qwen2Config:
     """Width of one head; 0 stands for hidden_size / num_attention_heads and is replaced by it."""
     max_position_embeddings: int = 32768
     rope_theta: float = _DEFAULT_ROPE_THETA
+    yarn: Yarn | None = None
+    """`rope_scaling` (or `rope_parameters`) of type "yarn"."""
+    dual_chunk: DualChunk | None = None
+    """`dual_chunk_attention_config`. Together with `yarn` it is experimental: no program of Qwen's runs the two."""
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     qkv_bias: bool = True
@@ -105,6 +111,16 @@ class Qwen2Config:
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that a sequence may have, prompt and answer together; None if its positions have no bound.
+
+        With Dual Chunk Attention no distance exceeds `chunk_size`, however long the sequence.
+        """
+        if self.dual_chunk is not None:
+            return None
+        return max(self.max_position_embeddings, self.yarn.max_length if self.yarn else 0)
 
     @property
     def model_type(self) -> str:
@@ -142,12 +158,12 @@ class Qwen2Config:
 
         Raises:
           ValueError: for a model type other than qwen2 and qwen2_moe, an unknown key, or a value that is not supported
-            (sliding windows, RoPE scaling, another activation, quantisation ...); every such key is named.
+            (sliding windows, RoPE scaling other than YaRN, another activation ...); every such key is named.
         """
         if not isinstance(hf, Mapping):
             raise ValueError(f"config.json: expected an object with the model's fields, got {type(hf).__name__}")
         model_type = hf.get("model_type")
-        if model_type not in MODEL_TYPES:
+        if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ValueError(f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
 
         problems = [
@@ -156,7 +172,8 @@ class Qwen2Config:
             if key in hf and hf[key] not in allowed
         ]
         fields = _fields_of(model_type)
-        known = fields | _INERT | _REQUIRED.keys() | {"model_type", "layer_types", "rope_parameters"}
+        known = fields | _INERT | _REQUIRED.keys() | {"model_type", "layer_types"}
+        known |= {"rope_theta", "rope_scaling", "rope_parameters", "dual_chunk_attention_config"}
         if model_type == "qwen2":
             known |= {"qkv_bias"}
             if hf.get("qkv_bias", True) is not True:
@@ -165,13 +182,19 @@ class Qwen2Config:
             f"unknown key {key!r}; it may change the mathematics, remove it from config.json if it does not"
             for key in sorted(hf.keys() - known)
         ]
-        if other := set(hf.get("layer_types") or ()) - {"full_attention"}:
-            problems.append(f"layer_types holds {sorted(other)}; only full_attention is supported")
+        kinds = hf.get("layer_types") or []
+        if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+            problems.append(f"layer_types must be a list of 'full_attention', no other is supported, got {kinds!r}")
         values: dict[str, Any] = {
             **_DEFAULTS[model_type],
             **{key: hf[key] for key in fields & hf.keys() if hf[key] is not None},
         }
-        values["rope_theta"] = _rope_theta(hf, problems)
+        values["rope_theta"], values["yarn"] = _rope(hf, values.get("max_position_embeddings", 32768), problems)
+        if (block := hf.get("dual_chunk_attention_config")) is not None:
+            try:
+                values["dual_chunk"] = DualChunk.from_hf(block)
+            except ValueError as error:
+                problems.append(str(error))
         dense = values.get("mlp_only_layers", [])
         if not isinstance(dense, list | tuple) or not all(type(layer) is int for layer in dense):
             problems.append(f"mlp_only_layers must be a list of layer numbers, got {dense!r}")
@@ -190,7 +213,7 @@ class Qwen2Config:
         """The mapping for config.json: what `from_hf` was given, with the fields changed since then written into it."""
         if self.hf_json:
             result = json.loads(self.hf_json)
-            before = dataclasses.asdict(Qwen2Config.from_hf(result))
+            before = vars(Qwen2Config.from_hf(result))
         else:
             result = {
                 "architectures": [MODEL_TYPES[self.model_type]],
@@ -205,18 +228,26 @@ class Qwen2Config:
                 f"the configuration was read as {result['model_type']} and is now {self.model_type}; build a new one "
                 "without hf_json"
             )
-        names = _fields_of(self.model_type) | {"rope_theta"}
+        names = _fields_of(self.model_type)
         for name, value in dataclasses.asdict(self).items():
-            if name not in names or before.get(name, _MISSING) == value:
-                continue
-            if name == "rope_theta" and "rope_parameters" in result:
-                result["rope_parameters"] = {**(result["rope_parameters"] or {}), "rope_theta": value}
-            else:
+            if name in names and before.get(name, _MISSING) != value:
                 result[name] = list(value) if isinstance(value, tuple) else value
+        if (before.get("rope_theta"), before.get("yarn")) != (self.rope_theta, self.yarn):
+            block = None if self.yarn is None else self.yarn.to_hf()
+            if result.get("rope_parameters"):  # transformers 5 keeps everything about RoPE there
+                result.pop("rope_scaling", None)
+                result["rope_parameters"] = {"rope_type": "default", **(block or {}), "rope_theta": self.rope_theta}
+            elif block or "rope_scaling" in result:
+                result["rope_scaling"] = block
+            if "rope_theta" in result or "rope_parameters" not in result or not result["rope_parameters"]:
+                result["rope_theta"] = self.rope_theta
+        if before.get("dual_chunk") != self.dual_chunk:
+            result["dual_chunk_attention_config"] = None if self.dual_chunk is None else self.dual_chunk.to_hf()
         return result
 
 
 _MISSING = object()
+_BLOCKS = frozenset({"hf_json", "rope_theta", "yarn", "dual_chunk"})  # fields that are not a key of config.json each
 _MOE_FIELDS = frozenset(
     """
     num_experts num_experts_per_tok moe_intermediate_size shared_expert_intermediate_size norm_topk_prob
@@ -226,25 +257,42 @@ _MOE_FIELDS = frozenset(
 
 
 def _fields_of(model_type: str) -> frozenset[str]:
-    names = frozenset(field.name for field in dataclasses.fields(Qwen2Config)) - {"hf_json"}
+    names = frozenset(field.name for field in dataclasses.fields(Qwen2Config)) - _BLOCKS
     return names if model_type == "qwen2_moe" else names - _MOE_FIELDS
 
 
-def _rope_theta(hf: Mapping[str, Any], problems: list[str]) -> float:
-    """RoPE's base from either spelling: `rope_theta`, or transformers 5's `rope_parameters`."""
-    parameters = hf.get("rope_parameters") or {}
-    if not isinstance(parameters, Mapping):
-        problems.append(f"rope_parameters must be an object, got {parameters!r}")
-        return _DEFAULT_ROPE_THETA
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type != "default":
-        problems.append(f"rope_parameters: rope_type {rope_type!r} is not supported (only 'default')")
-    elif unknown := sorted(parameters.keys() - {"rope_type", "type", "rope_theta"}):
-        problems.append(f"rope_parameters: unknown keys {unknown}")
-    thetas = {source["rope_theta"] for source in (parameters, hf) if source.get("rope_theta") is not None}
-    if len(thetas) > 1:
-        problems.append(f"rope_theta has two values, {sorted(thetas)}")
-    return next(iter(thetas), _DEFAULT_ROPE_THETA)
+def _rope(hf: Mapping[str, Any], max_position_embeddings: int, problems: list[str]) -> tuple[float, Yarn | None]:
+    """RoPE's base and YaRN, from either spelling: `rope_theta` and `rope_scaling`, or transformers 5's
+    `rope_parameters`."""
+    blocks = {name: hf[name] for name in ("rope_scaling", "rope_parameters") if hf.get(name)}
+    yarns = {}
+    for name, block in blocks.items():
+        try:
+            yarns[name] = _yarn(block, max_position_embeddings)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            return _DEFAULT_ROPE_THETA, None
+    if len(set(yarns.values())) > 1:
+        problems.append("rope_scaling and rope_parameters contradict each other; remove one")
+    thetas = [source["rope_theta"] for source in (*blocks.values(), hf) if source.get("rope_theta") is not None]
+    if any(theta != thetas[0] for theta in thetas):
+        problems.append(f"rope_theta has several values, {thetas}")
+    return next(iter(thetas), _DEFAULT_ROPE_THETA), next(iter(yarns.values()), None)
+
+
+def _yarn(block: Any, max_position_embeddings: int) -> Yarn | None:
+    if not isinstance(block, Mapping):
+        raise ValueError(f"expected an object, got {block!r}")
+    names = [block[key] for key in ("rope_type", "type") if block.get(key) is not None] or ["default"]
+    if any(name != names[0] for name in names):
+        raise ValueError(f"rope_type and type contradict each other, {names}")
+    if names[0] == "yarn":
+        return Yarn.from_hf(block, max_position_embeddings)
+    if names[0] != "default":
+        raise ValueError(f"rope_type {names[0]!r} is not supported (only 'default' and 'yarn')")
+    if unknown := sorted(block.keys() - {"rope_type", "type", "rope_theta"}):
+        raise ValueError(f"unknown keys {unknown} for rope_type 'default'; to use YaRN, set rope_type to 'yarn'")
+    return None
 
 
 def _type_problems(values: Mapping[str, Any]) -> list[str]:
@@ -258,12 +306,28 @@ def _type_problems(values: Mapping[str, Any]) -> list[str]:
     problems = []
     for field in dataclasses.fields(Qwen2Config):
         value = values.get(field.name)
-        if value is None or field.name == "hf_json":
+        if value is None or field.name in _BLOCKS - {"rope_theta"}:
             continue
         allowed = kinds[field.type]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            problems.append(f"{field.name} must be {allowed[0].__name__}, got {value!r}")
+            expected = " or ".join(kind.__name__ for kind in allowed)
+            problems.append(f"{field.name} must be {expected}, got {value!r}")
     return problems
+
+
+# Far above every model: a damaged number must not make the tables of layers and experts endless.
+_MOST = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 14,
+    "head_dim": 1 << 16,
+    "max_position_embeddings": 1 << 30,
+    "num_experts": 1 << 14,
+    "moe_intermediate_size": 1 << 24,
+    "shared_expert_intermediate_size": 1 << 24,
+}
 
 
 def _contradictions(config: Qwen2Config):
@@ -274,11 +338,16 @@ def _contradictions(config: Qwen2Config):
         positive += ["num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"]
         positive += ["decoder_sparse_step"]
     bad = [
-        f"{name} must be positive, got {getattr(config, name)}" for name in positive if not getattr(config, name) > 0
+        f"{name} must be positive and finite, got {getattr(config, name)}"
+        for name in positive
+        if not 1e-30 < getattr(config, name) < 1e30
     ]
     if bad:
         yield from bad
         return
+    for name, most in _MOST.items():
+        if (value := getattr(config, name)) > most:
+            yield f"{name} ({value}) is larger than any model has, at most {most}"
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         yield f"num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})"
@@ -286,6 +355,10 @@ def _contradictions(config: Qwen2Config):
         yield f"head_dim ({config.head_dim}) is odd, RoPE rotates pairs"
     if config.head_dim == config.hidden_size // heads and config.hidden_size % heads:
         yield f"hidden_size ({config.hidden_size}) is not a multiple of num_attention_heads ({heads})"
+    if not config.is_moe and not config.qkv_bias:
+        yield "qkv_bias is False, but a dense model's q, k and v projections always have a bias"
+    if config.yarn is not None and config.rope_theta <= 1:
+        yield f"rope_theta ({config.rope_theta}) must be larger than 1 for YaRN"
     if config.num_experts < 0:
         yield f"num_experts must not be negative, got {config.num_experts}"
     if config.is_moe and config.num_experts_per_tok > config.num_experts:

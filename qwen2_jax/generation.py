@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from qwen2_jax.cache import Cache, empty_cache
+from qwen2_jax.cache import Cache, empty_cache, extend_cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import Params, forward
 from qwen2_jax.sampling import Sampling, Steps, Values, next_token
@@ -35,8 +35,12 @@ class State:
     """[B, M] int32, the tokens chosen so far; padding from `count` on and after a row's end."""
     count: jax.Array
     """Tokens chosen so far, a scalar int32."""
+    limits: jax.Array
+    """[B] int32, most tokens to choose for each row."""
     ended: jax.Array
     """[B] bool."""
+    finite: jax.Array
+    """Whether all logits so far were numbers, a scalar bool."""
     seen: jax.Array | None
     """[B, V] bool, ids in the prompt and the answer, if a repetition penalty asks for them."""
     key: jax.Array
@@ -48,7 +52,7 @@ def generate(
     tokens: Any,
     lengths: Any = None,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | Sequence[int] = 128,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -56,6 +60,7 @@ def generate(
     eos_ids: Sequence[int] = (),
     pad_id: int = 0,
     seed: int = 0,
+    prefill_chunk: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> np.ndarray:
     """Continues each row of a batch of prompts.
@@ -65,7 +70,7 @@ def generate(
       params: its parameters, per layer (faster here) or stacked.
       tokens: [B, T] integer ids, rows padded on the right.
       lengths: [B] real tokens of each row; all T by default.
-      max_new_tokens: most tokens to add to a row.
+      max_new_tokens: most tokens to add to a row; one number for all or one for each.
       temperature: 0 for greedy; see `qwen2_jax.sampling.Sampling` for this and the next three.
       top_k: 0 keeps all.
       top_p: 1 keeps all.
@@ -73,6 +78,8 @@ def generate(
       eos_ids: a row ends with the first of these that is chosen; it is part of the answer.
       pad_id: fills a row after its end.
       seed: of the random choices; the same seed and batch give the same tokens.
+      prefill_chunk: prompts are fed in pieces of so many tokens, which bounds the memory of activations; in one piece
+        by default.
       dtype: of activations and cache; the embedding's by default.
 
     Returns:
@@ -93,6 +100,7 @@ def generate(
         eos_ids=eos_ids,
         pad_id=pad_id,
         seed=seed,
+        prefill_chunk=prefill_chunk,
         dtype=dtype,
     ).advance()
 
@@ -111,31 +119,38 @@ class Generation:
         tokens: Any,
         lengths: Any = None,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | Sequence[int] = 128,
         sampling: Sampling = Sampling(),
         eos_ids: Sequence[int] = (),
         pad_id: int = 0,
         seed: int = 0,
+        prefill_chunk: int | None = None,
         dtype: jax.typing.DTypeLike | None = None,
     ):
-        tokens, lengths = checked_prompts(config, tokens, lengths, max_new_tokens)
+        tokens, lengths, limits = checked_prompts(config, tokens, lengths, max_new_tokens)
+        if prefill_chunk is not None and prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         longest = int(lengths.max())
-        padded = np.zeros((len(tokens), bucket(longest)), np.int32)
+        width = bucket(longest)
+        if prefill_chunk is not None:
+            width += -width % prefill_chunk
+        padded = np.zeros((len(tokens), width), np.int32)
         padded[:, :longest] = tokens[:, :longest]
         dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
 
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens = int(limits.max())
+        self.rows = len(tokens)
         self._taken = 0
         ends = _Ends(jnp.asarray(tuple(eos_ids), jnp.int32), jnp.asarray(pad_id, jnp.int32))
         self._step = functools.partial(
             _decode, params, values=sampling.values, ends=ends, config=config, steps=sampling.steps, dtype=dtype
         )
         self._state = _prefill(
-            *(params, padded, lengths, jax.random.key(seed), sampling.values, ends),
+            *(params, padded, lengths, limits, jax.random.key(seed), sampling.values, ends),
             config=config,
             steps=sampling.steps,
-            slots=max(padded.shape[1], bucket(longest + max_new_tokens)),
-            room=bucket(max_new_tokens),
+            room=bucket(self.max_new_tokens),
+            chunk=prefill_chunk,
             dtype=dtype,
         )
 
@@ -146,24 +161,40 @@ class Generation:
         return self._taken == count and (count >= self.max_new_tokens or bool(self._state.ended.all()))
 
     def advance(self, tokens: int | None = None) -> np.ndarray:
-        """Chooses up to `tokens` more tokens (all that are left by default) and returns them, [B, new] int32."""
+        """Chooses up to `tokens` more tokens (all that are left by default) and returns them, [B, new] int32.
+
+        Raises:
+          ValueError: if the model computes NaN or infinity, so that no token is more probable than another.
+        """
         limit = self.max_new_tokens if tokens is None else min(self._taken + tokens, self.max_new_tokens)
         self._state = self._step(self._state, jnp.asarray(limit, jnp.int32))
+        if not self._state.finite:
+            raise ValueError(
+                "the model computes NaN or infinity for this prompt: its weights are damaged, or too large for the "
+                "dtype; check them with `qwen2-jax convert verify`, or try float32"
+            )
         taken, self._taken = self._taken, int(self._state.count)
         return np.asarray(self._state.answer)[:, taken : self._taken]
 
 
 def stream(run: Generation) -> Iterator[int]:
-    """Yields the ids of a `Generation` of one prompt soon after they are chosen, the ending one included."""
+    """Yields the ids of a `Generation` of one prompt soon after they are chosen, the ending one included.
+
+    Raises:
+      ValueError: if there are several prompts.
+    """
+    if run.rows != 1:
+        raise ValueError(f"only one prompt can be streamed, got {run.rows}")
     yield from (int(token) for token in run.advance(1)[0])
     while not run.done:
         yield from (int(token) for token in run.advance(STREAM_CHUNK)[0])
 
 
 def checked_prompts(
-    config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """tokens [B, T] and lengths [B] as int32 arrays, if the model can continue them; padding is set to 0.
+    config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int | Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """tokens [B, T], lengths [B] and most new tokens [B] as int32 arrays, if the model can continue them so; padding is
+    set to 0.
 
     Raises:
       ValueError: as `generate` says.
@@ -175,8 +206,10 @@ def checked_prompts(
         )
     rows, width = tokens.shape
     lengths = np.full(rows, width) if lengths is None else np.asarray(lengths)
-    if lengths.shape != (rows,) or rows == 0:
-        raise ValueError(f"lengths must hold one number for each of {rows} prompts, got shape {lengths.shape}")
+    if lengths.shape != (rows,) or rows == 0 or not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(
+            f"lengths must hold a whole number for each of {rows} prompts, got {lengths.dtype} of shape {lengths.shape}"
+        )
     if lengths.min() < 1 or lengths.max() > width:
         raise ValueError(
             f"every prompt must have 1 to {width} tokens, got lengths from {lengths.min()} to {lengths.max()}"
@@ -185,18 +218,24 @@ def checked_prompts(
     if tokens.min() < 0 or tokens.max() >= config.vocab_size:
         wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
         raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if (needed := int(lengths.max()) + max_new_tokens) > config.max_position_embeddings:
+    limits = np.asarray(max_new_tokens)
+    if limits.shape not in ((), (rows,)) or not np.issubdtype(limits.dtype, np.integer) or limits.min() < 1:
         raise ValueError(
-            f"a prompt of {lengths.max()} tokens and {max_new_tokens} new ones need {needed} positions, the model has "
-            f"{config.max_position_embeddings} (max_position_embeddings)"
+            f"max_new_tokens must be at least 1, one number for all or for each of {rows} prompts, got {max_new_tokens}"
         )
-    return tokens.astype(np.int32), lengths.astype(np.int32)
+    limits = np.broadcast_to(limits, (rows,))
+    row = int(np.argmax(lengths + limits))
+    needed = int(lengths[row] + limits[row])
+    if config.max_length is not None and needed > config.max_length:
+        raise ValueError(
+            f"a prompt of {lengths[row]} tokens and {limits[row]} new ones need {needed} positions, the model has "
+            f"{config.max_length}; shorten them, or see `qwen2_jax.long_context` for longer inputs (--mode)"
+        )
+    return tokens.astype(np.int32), lengths.astype(np.int32), limits.astype(np.int32)
 
 
 def bucket(length: int) -> int:
-    """length rounded up such that at most a quarter is padding and each doubling of length has four buckets."""
+    """length rounded up to a multiple of 16, from 128 on such that each doubling of length has four buckets."""
     step = max(16, 1 << max((length - 1).bit_length() - 3, 0))
     return -(-length // step) * step
 
@@ -206,42 +245,60 @@ class _Ends(NamedTuple):
     pad_id: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "slots", "room", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "steps", "room", "chunk", "dtype"))
 def _prefill(
     params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
+    limits: jax.Array,
     key: jax.Array,
     values: Values,
     ends: _Ends,
     *,
     config: Qwen2Config,
     steps: Steps,
-    slots: int,
     room: int,
+    chunk: int | None,
     dtype: Any,
 ) -> State:
-    """Runs the prompts [B, T] into a cache of `slots` and chooses each row's first token."""
+    """Runs the prompts [B, T] into a cache with `room` for answers and chooses each row's first token."""
     rows, width = tokens.shape
     real = jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]
-    cache = empty_cache(config, rows, slots, dtype, stacked="layers" in params)
-    out = forward(config, params, tokens, dtype, segment_ids=real.astype(jnp.int32), cache=cache, logits="last")
-    assert out.cache is not None and out.logits is not None
+    # As wide as the prompts: a prefill attends to every slot, and the room behind them is empty.
+    cache = empty_cache(config, rows, width, dtype, stacked="layers" in params)
+    scores = jnp.zeros((rows, config.vocab_size))
+
+    def piece(carry, inputs):
+        cache, scores = carry
+        tokens, real = inputs
+        of = jnp.broadcast_to(lengths[:, None], tokens.shape)
+        segments = real.astype(jnp.int32)
+        out = forward(config, params, tokens, dtype, segment_ids=segments, cache=cache, logits="last", lengths=of)
+        assert out.cache is not None and out.logits is not None
+        return (out.cache, jnp.where(real.any(axis=1, keepdims=True), out.logits[:, 0], scores)), None
+
+    if chunk is None:
+        (cache, scores), _ = piece((cache, scores), (tokens, real))
+    else:
+        pieces = [x.reshape(rows, -1, chunk).swapaxes(0, 1) for x in (tokens, real)]
+        (cache, scores), _ = lax.scan(piece, (cache, scores), tuple(pieces))
     seen = None
     if steps.penalised:
         seen = jnp.zeros((rows, config.vocab_size), jnp.int32)
         seen = seen.at[jnp.arange(rows, dtype=jnp.int32)[:, None], tokens].max(real.astype(jnp.int32)) > 0
     state = State(
         # The padding after the longest prompt is invisible: let the answer overwrite it.
-        cache=dataclasses.replace(out.cache, length=lengths.max()),
+        cache=dataclasses.replace(extend_cache(cache, width + room), length=lengths.max()),
         token=jnp.zeros(rows, jnp.int32),
         answer=jnp.broadcast_to(ends.pad_id, (rows, room)),
         count=jnp.zeros((), jnp.int32),
+        limits=limits,
         ended=jnp.zeros(rows, bool),
+        finite=jnp.ones((), bool),
         seen=seen,
         key=key,
     )
-    return _choose(state, out.logits[:, 0], steps, values, ends)
+    return _choose(state, scores, steps, values, ends)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"), donate_argnames=("state",))
@@ -281,7 +338,8 @@ def _choose(state: State, logits: jax.Array, steps: Steps, values: Values, ends:
         token=token,
         answer=lax.dynamic_update_slice(state.answer, token[:, None], (0, state.count)),
         count=state.count + 1,
-        ended=state.ended | (token[:, None] == ends.eos_ids[None, :]).any(axis=1),
+        finite=state.finite & jnp.isfinite(logits).all(),
+        ended=state.ended | (token[:, None] == ends.eos_ids[None, :]).any(axis=1) | (state.count + 1 >= state.limits),
         seen=seen,
         key=key,
     )

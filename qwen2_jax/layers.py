@@ -1,6 +1,7 @@
 """The modules of a Qwen2 block. They own weights and call the mathematics; each weight is declared once."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import flax.linen as nn
@@ -9,18 +10,17 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen2_jax import moe, rope
+from qwen2_jax import moe
 from qwen2_jax.attention import Context, attend
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.projection import align, project
+from qwen2_jax.rope import Rotation, Rotations, rotate
 
 
 class Sequence(NamedTuple):
     """What every block needs to know about the tokens."""
 
-    cos: jax.Array
-    """[B, T, H/2], as is `sin`."""
-    sin: jax.Array
+    rotations: Rotations
     context: Context
     real: jax.Array
     """[B, T] bool: not padding."""
@@ -29,8 +29,8 @@ class Sequence(NamedTuple):
 class Options(NamedTuple):
     """How to compute, as opposed to what: none of these changes the result beyond rounding."""
 
-    attention: str | None = None
-    """An implementation of `qwen2_jax.attention.attend`; None chooses by size."""
+    attention: str | Callable[..., jax.Array] | None = None
+    """An implementation of `qwen2_jax.attention.attend`: its name, or a function; None chooses by size."""
     moe: str = "sorted"
     """A backend of `qwen2_jax.moe`."""
 
@@ -120,22 +120,23 @@ class Attention(nn.Module):
             letter = "N" if axis == "heads" else "K"
             return Projection(f"BTD,{letter}HD->BT{letter}H", shape, axes, std, config.qkv_bias, name=name)(x)
 
-        query = rope.rotate(head_projection("q", heads, "heads"), sequence.cos, sequence.sin)
-        key = rope.rotate(head_projection("k", kv_heads, "kv_heads"), sequence.cos, sequence.sin)
+        query = head_projection("q", heads, "heads")
+        cos, sin = sequence.rotations.key
+        key = rotate(head_projection("k", kv_heads, "kv_heads"), Rotation(cos[:, :, None], sin[:, :, None]))
         value = head_projection("v", kv_heads, "kv_heads")
         query, key = checkpoint_name(query, "query"), checkpoint_name(key, "key")
         value = checkpoint_name(value, "value")
         key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)  # [B, K, S, H], as the cache holds them
 
         if cache is not None:
-            start = (0, 0, sequence.context.start, 0)
+            start = (0, 0, sequence.context.query_start, 0)
             cache = (
                 lax.dynamic_update_slice(cache[0], key.astype(cache[0].dtype), start),
                 lax.dynamic_update_slice(cache[1], value.astype(cache[1].dtype), start),
             )
             key, value = cache[0].astype(key.dtype), cache[1].astype(value.dtype)
         with jax.named_scope("attend"):
-            out = attend(query, key, value, sequence.context, self.options.attention)
+            out = attend(query, key, value, sequence.rotations.query, sequence.context, self.options.attention)
         out = checkpoint_name(out, "attended")
         shape, axes = (width, heads, head_dim), ("embed", "heads", "head_dim")
         return Projection("BTNH,DNH->BTD", shape, axes, std, name="o")(out), cache

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from flax import struct
 from flax.core import meta
 
-from qwen2_jax import rope
 from qwen2_jax.attention import Context
 from qwen2_jax.cache import Cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.layers import Block, Embedding, Options, Projection, RMSNorm, Sequence
-from qwen2_jax.moe import RouterStatistics, load_balancing_loss
+from qwen2_jax.moe import BACKENDS, RouterStatistics, load_balancing_loss
 from qwen2_jax.remat import REMAT_POLICIES
+from qwen2_jax.rope import rotations
 
 Params = dict[str, Any]
 LayerCaches = tuple[tuple[jax.Array, jax.Array], ...]
@@ -59,6 +59,7 @@ class Qwen2(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: Cache | None = None,
         logits: Literal["all", "last", "none"] = "all",
+        lengths: jax.Array | None = None,
     ) -> Output:
         """Runs the model.
 
@@ -70,38 +71,54 @@ class Qwen2(nn.Module):
             tokens of its own document. By default every token belongs to document 1.
           cache: of `empty_cache`; these tokens are appended and see what it holds. It must have room for T more.
           logits: for "all" tokens, for each row's "last" real token, or "none"; a long prefill need not hold [T, V].
+          lengths: [B, T] int32, the tokens of the whole document that each token belongs to; by default those that this
+            call shows. Only Dual Chunk Attention with the temperature of the whole prompt reads them, when a prompt
+            comes in pieces.
         """
         config = self.config
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits must be one of all, last, none, got {logits!r}")
+        if self.options.moe not in BACKENDS:
+            raise ValueError(f"moe must be one of {', '.join(BACKENDS)}, got {self.options.moe!r}")
         tokens = jnp.asarray(tokens, jnp.int32)
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
+        whole_rows = segment_ids is None and positions is None and cache is None
+        segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
         if positions is None:
             positions = default_positions(segment_ids, cache)
-        if cache is None:
-            start, key_segments = jnp.zeros((), jnp.int32), segment_ids
-        else:
+        positions = jnp.asarray(positions, jnp.int32)
+        if cache is not None:
+            cache.check_room(tokens.shape[1])
+        start, key_segments, key_positions = jnp.zeros((), jnp.int32), segment_ids, positions
+        if cache is not None:
             start = cache.length
             key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
+            key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, start))
+        chunk_length = config.dual_chunk.chunk_length if config.dual_chunk else 0
+        context = Context(
+            query_start=start,
+            key_start=jnp.zeros((), jnp.int32),
+            query_segments=segment_ids,
+            key_segments=key_segments,
+            query_chunks=positions // chunk_length if chunk_length else None,
+            key_chunks=key_positions // chunk_length if chunk_length else None,
+            chunk_length=chunk_length,
+            whole_rows=whole_rows,
+        )
+        if lengths is None:
+            lengths = shown_lengths(segment_ids, positions)
 
         embed = Embedding(config, name="embed")
         with jax.named_scope("embed"):
             x = embed(tokens, self.dtype)
-        frequencies = rope.inverse_frequencies(config.head_dim, config.rope_theta)
-        cos, sin = rope.rotary_tables(positions, frequencies, x.dtype)
-        sequence = Sequence(
-            cos,
-            sin,
-            context=Context(start, segment_ids, key_segments),
-            real=segment_ids != 0,
-        )
+        sequence = Sequence(rotations(config, positions, lengths, x.dtype), context, real=segment_ids != 0)
 
         stacked = self.has_variable("params", "layers") if self.stacked is None else self.stacked
         layers = self._scan_layers if stacked else self._unroll_layers
         x, layer_caches, statistics = layers(x, sequence, None if cache is None else cache.layers)
         if cache is not None:
-            cache = Cache(layer_caches, key_segments, start + tokens.shape[1])
+            cache = Cache(layer_caches, key_segments, key_positions, length=start + tokens.shape[1])
         hidden = RMSNorm(config.hidden_size, config.rms_norm_eps, name="norm")(x)
 
         with jax.named_scope("logits"):
@@ -187,14 +204,35 @@ def forward(
 
 
 def default_positions(segment_ids: jax.Array, cache: Cache | None = None) -> jax.Array:
-    """[B, T] int32: each token's count within its segment of segment_ids [B, T], continued from a cache if given."""
-    real = (segment_ids != 0).astype(jnp.int32)
-    if cache is not None:
-        before = (cache.segment_ids != 0).sum(axis=1, dtype=jnp.int32)[:, None]
-        return before + jnp.cumsum(real, axis=1) - real
+    """[B, T] int32: each token's count within its document, which may have begun in a cache.
+
+    Args:
+      segment_ids: [B, T] int32. Padding is not counted, wherever it stands; a document's tokens follow each other.
+      cache: what came before these tokens.
+    """
+    real = segment_ids != 0
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-    starts = jnp.concatenate([jnp.ones_like(real[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    # The document of the latest real token up to each slot, and before it.
+    latest = jax.lax.cummax(jnp.where(real, index, 0), axis=1)
+    document = jnp.take_along_axis(segment_ids, latest, axis=1)
+    before = jnp.concatenate([document[:, :1], document[:, :-1]], axis=1)
+    count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real.astype(jnp.int32)
+    starts = jnp.where(real & (document != before), count, 0)
+    positions = count - jax.lax.cummax(starts, axis=1)
+    if cache is None:
+        return positions
+    first = jnp.take_along_axis(segment_ids, jnp.argmax(real, axis=1, keepdims=True), axis=1)
+    cached = ((cache.segment_ids == first) & (first != 0)).sum(axis=1, dtype=jnp.int32)[:, None]
+    return positions + jnp.where(document == first, cached, 0)
+
+
+def shown_lengths(segment_ids: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, T] int32: one more than the last position [B, T] of the segment (of segment_ids [B, T]) each token is in."""
+    width = segment_ids.shape[1]
+    index = jnp.arange(width, dtype=jnp.int32)[None]
+    ends = jnp.concatenate([segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], axis=1)
+    last = jax.lax.cummin(jnp.where(ends, index, width), axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1
 
 
 def last_real(x: jax.Array, real: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen2_jax.einsum import einsum
 from qwen2_jax.projection import project
 
 
@@ -67,7 +68,7 @@ def router_statistics(routing: Routing, real: jax.Array) -> RouterStatistics:
     experts = routing.probabilities.shape[-1]
     real = real.astype(jnp.float32)
     choices = jnp.zeros(experts).at[routing.experts.ravel()].add(jnp.repeat(real, routing.experts.shape[1]))
-    return RouterStatistics(choices, jnp.einsum("XE,X->E", routing.probabilities, real), real.sum())
+    return RouterStatistics(choices, einsum("XE,X->E", routing.probabilities, real), real.sum())
 
 
 def load_balancing_loss(statistics: RouterStatistics) -> jax.Array:
@@ -113,7 +114,7 @@ def experts_by_sorting(x: jax.Array, routing: Routing, experts: Experts) -> jax.
     out = product(hidden, experts.down).reshape(tiles.rows, x.shape[1])
 
     pairs = out[tiles.row_of_pair].reshape(tokens, choices, -1)
-    return jnp.einsum("XkD,Xk->XD", pairs, routing.weights, preferred_element_type=jnp.float32).astype(x.dtype)
+    return einsum("XkD,Xk->XD", pairs, routing.weights).astype(x.dtype)
 
 
 BACKENDS = {"loop": experts_by_loop, "sorted": experts_by_sorting}
@@ -156,7 +157,7 @@ def _by_tile(expert_of_tile, used, rows, kernels, equation):
     width = kernels.shape[1] if equation.endswith("O") else kernels.shape[2]
 
     def tile(i, out):
-        y = jnp.einsum(equation, rows[i], kernels[expert_of_tile[i]], preferred_element_type=jnp.float32)
+        y = einsum(equation, rows[i], kernels[expert_of_tile[i]])
         return out.at[i].set(y.astype(out.dtype))
 
     return lax.fori_loop(0, used, tile, jnp.zeros((*rows.shape[:2], width), rows.dtype))
@@ -170,7 +171,7 @@ def _grouped_bwd(residuals, dout):
     expert_of_tile, used, rows, kernels = residuals
 
     def tile(i, dkernels):
-        part = jnp.einsum("XO,XI->OI", dout[i], rows[i], preferred_element_type=jnp.float32)
+        part = einsum("XO,XI->OI", dout[i], rows[i])
         return dkernels.at[expert_of_tile[i]].add(part)
 
     dkernels = lax.fori_loop(0, used, tile, jnp.zeros(kernels.shape, jnp.float32))

@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qwen2_jax.einsum import einsum
+
 _FEW_ROWS = 64
 """Up to here (decoding) products are written as plain matrix products, in the order that XLA:CPU runs fastest."""
 
@@ -58,7 +60,7 @@ def _contract(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     sizes = dict(zip(x_axes + kernel_axes, x.shape + kernel.shape, strict=True))
     rows = math.prod(sizes[axis] for axis in batch)
     if rows > _FEW_ROWS:
-        return _einsum(equation, x, kernel)
+        return einsum(equation, x, kernel)
     assert batch + outputs == y_axes, equation
     inputs = math.prod(sizes[axis] for axis in x_axes if axis not in y_axes)
     alone = rows == 1 and jax.default_backend() == "cpu" and _slow_alone(x, inputs)
@@ -75,13 +77,13 @@ def _few_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if x.dtype == jnp.float32:
         # The unit axis lets XLA:CPU return the transposed product without a slow transposition.
-        return _einsum("OI,MTI->OMT", kernel, x[:, None]).transpose(1, 2, 0)[:, 0]
+        return einsum("OI,MTI->OMT", kernel, x[:, None]).transpose(1, 2, 0)[:, 0]
     if jax.default_backend() == "cpu":
         # Tied to x, lest XLA turn every weight into float32 ahead of the decode loop and read twice as much.
         x, kernel = jax.lax.optimization_barrier((x, kernel))
     if 2 < len(x) <= 8 and kernel.size >= _LARGE_KERNEL and jax.default_backend() == "cpu" and _OLD_CPU:
-        return jnp.concatenate([_einsum("MI,OI->MO", row[None], kernel) for row in x])
-    return _einsum("MI,OI->MO", x, kernel)
+        return jnp.concatenate([einsum("MI,OI->MO", row[None], kernel) for row in x])
+    return einsum("MI,OI->MO", x, kernel)
 
 
 _OLD_CPU = jax.__version_info__ < (0, 11)
@@ -109,8 +111,8 @@ def _contract_bwd(equation, residuals, dy):
     x, kernel = residuals
     x_axes, kernel_axes, y_axes = _axes(equation)
     dy = dy.astype(x.dtype)
-    dx = _einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel.astype(x.dtype))
-    dkernel = _einsum(f"{y_axes},{x_axes}->{kernel_axes}", dy, x)
+    dx = einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel.astype(x.dtype))
+    dkernel = einsum(f"{y_axes},{x_axes}->{kernel_axes}", dy, x)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
@@ -121,7 +123,3 @@ def _axes(equation: str) -> tuple[str, str, str]:
     operands, y_axes = equation.split("->")
     x_axes, kernel_axes = operands.split(",")
     return x_axes, kernel_axes, y_axes
-
-
-def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -9,7 +9,9 @@ import hypothesis
 import jax
 import pytest
 
+PLATFORM = os.environ.get("QWEN2_JAX_TEST_PLATFORM", "cpu")  # "cuda": the paths that need a GPU, on one
 HAS_TORCH = importlib.util.find_spec("torch") is not None
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 _IMPORTS_TORCH = re.compile(r"^(import torch|from torch|pytestmark = .*pytest\.mark\.torch)\b", re.MULTILINE)
 
 # A run on two cores is slower than any deadline, and a failure must come back on the next run.
@@ -21,11 +23,11 @@ def pytest_configure(config):
     # The environment is inherited by the commands that tests start.
     os.environ.update(
         HF_HUB_OFFLINE="1",
-        JAX_PLATFORMS="cpu",
+        JAX_PLATFORMS=PLATFORM,
         OMP_NUM_THREADS="1",  # PyTorch's; the workers already use every core
         TOKENIZERS_PARALLELISM="false",
     )
-    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platforms", PLATFORM)
     jax.config.update("jax_num_cpu_devices", 8)
     # Not for those commands: on CPU, XLA prints a warning for each program that it finds in a cache.
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
@@ -44,10 +46,9 @@ def pytest_ignore_collect(collection_path):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects, rather than skips, what needs PyTorch: a skipped test is one that somebody meant to run."""
-    if HAS_TORCH:
-        return
-    without = [item for item in items if item.get_closest_marker("torch")]
+    """Deselects, rather than skips, what needs PyTorch or libtpu: a skipped test is one that somebody meant to run."""
+    absent = [name for name, here in (("torch", HAS_TORCH), ("tpu", HAS_LIBTPU)) if not here]
+    without = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     if without:
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if item not in without]

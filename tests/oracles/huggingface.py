@@ -1,6 +1,7 @@
 """Tiny random models built, initialised and saved by transformers: an oracle that nobody here tuned."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,23 @@ class Reference:
             return self.model.generate(tokens, max_new_tokens=new, **options)[0, len(prompt) :].numpy()
 
 
-def build(variant: str, folder: Path, seed: int = 0) -> Reference:
-    """Makes a variant's model with random weights, biases and norms, and saves it to `folder`."""
-    fields, theta = VARIANTS[variant]
+def build(
+    variant: str,
+    folder: Path,
+    seed: int = 0,
+    fields: Mapping[str, Any] | None = None,
+    rope: Mapping[str, Any] | None = None,
+) -> Reference:
+    """Makes a variant's model with random weights, biases and norms, and saves it to `folder`.
+
+    `fields` replace some of the variant's, `rope` its rope_parameters.
+    """
+    own_fields, theta = VARIANTS[variant]
+    fields = {**own_fields, **(fields or {})}
     kind = "Qwen2Moe" if "num_experts" in fields else "Qwen2"
-    rope = {"rope_type": "default", "rope_theta": theta}
-    config = getattr(transformers, f"{kind}Config")(**fields, rope_parameters=rope, initializer_range=0.3)
+    rope = dict(rope or {"rope_type": "default", "rope_theta": theta})
+    std = 0.3 * (48 / fields["hidden_size"]) ** 0.5  # wide products must not saturate the softmax
+    config = getattr(transformers, f"{kind}Config")(**fields, rope_parameters=rope, initializer_range=std)
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

@@ -85,10 +85,30 @@ def test_rows_end_at_their_first_end_token(params, tokens):
     assert got.shape[1] == longest
 
 
+def test_damaged_weights_are_noticed(params, tokens):
+    damaged = {**params, "norm": {"scale": params["norm"]["scale"].at[3].set(jnp.nan)}}
+    with pytest.raises(ValueError, match="the model computes NaN or infinity"):
+        generate(CONFIG, damaged, tokens, max_new_tokens=4)
+
+
+def test_each_row_has_its_own_limit(params, tokens):
+    whole = generate(CONFIG, params, tokens, max_new_tokens=9)
+    limits = [9, 2, 5, 1, 9, 9][: len(tokens)]
+    got = generate(CONFIG, params, tokens, max_new_tokens=limits, pad_id=49)
+    for row, limit in enumerate(limits):
+        np.testing.assert_array_equal(got[row, :limit], whole[row, :limit])
+        assert (got[row, limit:] == 49).all()
+
+
+def test_only_one_prompt_is_streamed(params, tokens):
+    with pytest.raises(ValueError, match="only one prompt can be streamed, got"):
+        next(stream(Generation(CONFIG, params, tokens, max_new_tokens=2)))
+
+
 def test_few_programs_for_many_lengths(params):
     tokens = np.ones((1, 60), np.int32)
     before = module._prefill._cache_size(), module._decode._cache_size()
-    for length in range(33, 45):
+    for length in range(33, 49):
         generate(CONFIG, params, tokens, [length], max_new_tokens=4)
     assert module._prefill._cache_size() - before[0] == 1
     assert module._decode._cache_size() - before[1] <= 2
@@ -169,10 +189,10 @@ def test_penalty_counts_prompt_and_answer(params, tokens):
     ("change", "message"),
     [
         (dict(tokens=np.zeros((1, 0), np.int32)), "every prompt must have 1 to 0 tokens"),
-        (dict(tokens=np.zeros((0, 4), np.int32)), "lengths must hold one number for each of 0 prompts"),
+        (dict(tokens=np.zeros((0, 4), np.int32)), "lengths must hold a whole number for each of 0 prompts"),
         (dict(lengths=[0, 1, 2]), "every prompt must have 1 to 20 tokens, got lengths from 0 to 2"),
         (dict(lengths=[21, 1, 2]), "got lengths from 1 to 21"),
-        (dict(lengths=[3]), "one number for each of 3 prompts"),
+        (dict(lengths=[3]), "a whole number for each of 3 prompts"),
         (dict(tokens=np.full((1, 3), 50)), "token id 50 is outside the vocabulary of 50"),
         (dict(tokens=np.full((1, 3), -1)), "token id -1 is outside"),
         (dict(tokens=np.ones((1, 3))), "tokens must be integers of shape .batch, length., got float64"),

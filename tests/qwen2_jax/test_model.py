@@ -110,6 +110,21 @@ def test_remat_keeps_less():
     assert sizes[0] < 0.5 * sizes[-1]
 
 
+def test_remat_of_attention_does_not_run_it_again():
+    config, params = CONFIGS["dense"], init_params(CONFIGS["dense"], jax.random.key(0))
+    tokens = np.ones((1, 8), np.int32)
+
+    def exponentials(remat):
+        def loss(params):
+            model = Qwen2(config, remat=remat, options=Options(attention="chunked"))
+            return model.apply({"params": params}, tokens).hidden.sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).as_text().count("stablehlo.exponential")
+
+    # "full" repeats the two of the online softmax in each of the two layers.
+    assert exponentials("attention") + 4 == exponentials("full")
+
+
 def test_options_change_nothing(config, params, tokens):
     plain = apply(config, params, tokens)
     for options in (Options(attention="chunked"), Options(attention="dense", moe="loop")):
@@ -132,8 +147,23 @@ def test_positions_shift_nothing_but_matter(config, params, tokens):
 
 
 def test_default_positions():
-    segments = jnp.array([[0, 0, 4, 4, 4, 2, 2, 0], [1, 1, 2, 2, 1, 1, 0, 0]], jnp.int32)
-    assert default_positions(segments).tolist() == [[0, 1, 0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 0, 1, 0, 1]]
+    segments = jnp.array([[0, 0, 4, 4, 4, 2, 2, 0], [1, 1, 0, 0, 1, 1, 3, 0], [0] * 8], jnp.int32)
+    got, real = np.asarray(default_positions(segments)), np.asarray(segments) != 0
+    assert got[0, real[0]].tolist() == [0, 1, 2, 0, 1]
+    assert got[1, real[1]].tolist() == [0, 1, 2, 3, 0]  # padding amid a document is not counted
+
+    cache = empty_cache(CONFIGS["dense"], 2, 4).replace(segment_ids=jnp.array([[0, 7, 7, 0], [7, 7, 7, 0]], jnp.int32))
+    segments = jnp.array([[7, 7, 8, 8], [0, 8, 8, 9]], jnp.int32)
+    got, real = np.asarray(default_positions(segments, cache)), np.asarray(segments) != 0
+    assert got[0].tolist() == [2, 3, 0, 1]
+    assert got[1, real[1]].tolist() == [0, 1, 0]
+
+
+def test_padding_amid_a_row_changes_nothing(config, params, tokens):
+    apart = np.insert(tokens, [4, 4, 4], 0, axis=1)
+    segments = np.insert(np.ones_like(tokens), [4, 4, 4], 0, axis=1)
+    got = apply(config, params, apart, segment_ids=segments).logits[:, segments[0] == 1]
+    np.testing.assert_allclose(got, apply(config, params, tokens).logits, atol=2e-5)
 
 
 @pytest.mark.parametrize("pieces", [[1] * 11, [4, 1, 6]])

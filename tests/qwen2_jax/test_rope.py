@@ -11,7 +11,8 @@ def test_pairs_are_half_a_head_apart():
     head_dim, theta = 8, 1e4
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, head_dim))
     positions = jnp.array([[0, 1, 2, 3, 4], [7, 100, 3, 31000, 0]], jnp.int32)
-    got = rotate(x, *rotary_tables(positions, inverse_frequencies(head_dim, theta), jnp.float32))
+    tables = rotary_tables(positions, inverse_frequencies(head_dim, theta), jnp.ones((1, 1)), jnp.float32)
+    got = rotate(x, jax.tree.map(lambda table: table[:, :, None], tables))
 
     angles = np.asarray(positions)[..., None] * theta ** (-np.arange(0, head_dim, 2) / head_dim)
     pairs = np.asarray(x[..., :4]) + 1j * np.asarray(x[..., 4:])
@@ -26,13 +27,16 @@ def test_scores_depend_on_distance_only():
     frequencies = inverse_frequencies(64, 1e6)
 
     def score(i, j):
-        tables = [rotary_tables(jnp.array([[position]], jnp.int32), frequencies, jnp.float32) for position in (i, j)]
-        return (rotate(query, *tables[0]) * rotate(key, *tables[1])).sum()
+        one = jnp.ones((1, 1, 1))
+        turns = [rotary_tables(jnp.array([[[at]]], jnp.int32), frequencies, one, jnp.float32) for at in (i, j)]
+        return (rotate(query, turns[0]) * rotate(key, turns[1])).sum()
 
     np.testing.assert_allclose(score(9, 4), score(1009, 1004), rtol=1e-3)
 
 
 def test_positions_are_told_apart_in_bfloat16():
-    tables = rotary_tables(jnp.array([[256, 257]], jnp.int32), inverse_frequencies(64, 1e6), jnp.bfloat16)
+    tables = rotary_tables(
+        jnp.array([[256, 257]], jnp.int32), inverse_frequencies(64, 1e6), jnp.ones((1, 2)), jnp.bfloat16
+    )
     assert tables[0].dtype == jnp.bfloat16
     assert tables[0][0, 0, 0] != tables[0][0, 1, 0]

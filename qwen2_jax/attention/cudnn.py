@@ -1,0 +1,191 @@
+"""Attention by cuDNN's fused kernels on NVIDIA GPUs, in parts that need no mask, merged in float32.
+
+A mask is what to avoid: with one, cuDNN's backward pass yields NaN for some lengths where a row's log-sum-exp is below
+-88, which Qwen2's heads do produce. Own chunk: causal. Chunk before: all keys. Earlier chunks: all keys, in one call.
+
+Each part's backward call is given the output and log-sum-exp of the whole softmax. JAX has no public way to do that, so
+this module reaches into `jax._src`; it is the only one that does.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.attention.context import Context
+from qwen2_jax.attention.flash import Kernel
+from qwen2_jax.attention.softmax import merge
+from qwen2_jax.dual_chunk import INTER, INTRA, SUCCESSIVE
+from qwen2_jax.rope import Rotation, rotate, rotate_gradient
+
+_ALIGNMENT = 128
+"""cuDNN's backward pass is only trusted with lengths that are multiples of it."""
+
+
+class _Part(NamedTuple):
+    rotation: int
+    queries: slice
+    keys: slice
+    causal: bool
+
+
+def _parts(length: int, chunk: int) -> Iterator[list[_Part]]:
+    """For each chunk of queries its parts; chunk 0 stands for one chunk of everything."""
+    chunk = chunk or length
+    for start in range(0, length, chunk):
+        queries = slice(start, min(start + chunk, length))
+        parts = [_Part(INTRA, queries, queries, causal=True)]
+        if start >= chunk:
+            parts.append(_Part(SUCCESSIVE, queries, slice(start - chunk, start), causal=False))
+        if start >= 2 * chunk:
+            parts.append(_Part(INTER, queries, slice(0, start - chunk), causal=False))
+        yield parts
+
+
+def _forward(query, key, value, rotation, context):
+    length, chunk = _check(query, key, context)
+    outs, lses = [], []
+    for parts in _parts(length, chunk):
+        total = None
+        for part in parts:
+            turned = _turned(query, rotation, part)
+            k, v = key[:, :, part.keys], value[:, :, part.keys]
+            one = _ungrouped_call(_part_forward, turned, k, v, part.causal)
+            total = one if total is None else merge(total, one)
+        assert total is not None
+        outs.append(total[0].astype(query.dtype))
+        lses.append(total[1])
+    return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+
+
+def _backward(query, key, value, rotation, context, out, lse, dout):
+    length, chunk = _check(query, key, context)
+    dkey, dvalue = jnp.zeros(key.shape), jnp.zeros(value.shape)
+    dqueries = []
+    for parts in _parts(length, chunk):
+        dquery = jnp.zeros(())
+        for part in parts:
+            rows = (slice(None),) * 3 + (part.queries,)
+            k, v = key[:, :, part.keys], value[:, :, part.keys]
+            whole = out[rows], lse[rows], dout[rows]
+            turned = _turned(query, rotation, part)
+            dturned, dk, dv = _ungrouped_call(_part_backward, turned, k, v, part.causal, *whole)
+            angle = _angle(rotation, part)
+            dquery += rotate_gradient(dturned.astype(jnp.float32), jax.tree.map(lambda x: x.astype(jnp.float32), angle))
+            dkey = dkey.at[:, :, part.keys].add(dk.astype(jnp.float32))
+            dvalue = dvalue.at[:, :, part.keys].add(dv.astype(jnp.float32))
+        dqueries.append(dquery.astype(query.dtype))
+    return jnp.concatenate(dqueries, axis=3), dkey.astype(key.dtype), dvalue.astype(value.dtype)
+
+
+KERNEL = Kernel(_forward, _backward)
+
+
+def _check(query: jax.Array, key: jax.Array, context: Context) -> tuple[int, int]:
+    """T and the length of a chunk.
+
+    Raises:
+      ValueError: for what these parts cannot express.
+    """
+    if not context.whole_rows:
+        raise ValueError(
+            "attention 'cudnn' computes whole rows of one document each: it does not go with segment_ids, positions or "
+            "a cache; use 'chunked'"
+        )
+    if context.chunk_length % _ALIGNMENT:
+        raise ValueError(
+            f"attention 'cudnn' needs chunks (chunk_size - local_size) of a multiple of {_ALIGNMENT} tokens, got "
+            f"{context.chunk_length}; choose other sizes or use 'chunked'"
+        )
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, got {query.dtype}; use 'chunked'")
+    assert query.shape[3] == key.shape[2]
+    return query.shape[3], context.chunk_length
+
+
+def _angle(rotation: Rotation, part: _Part) -> Rotation:
+    return jax.tree.map(lambda table: table[part.rotation, :, part.queries][:, None, None], rotation)
+
+
+def _turned(query: jax.Array, rotation: Rotation, part: _Part) -> jax.Array:
+    return rotate(query[:, :, :, part.queries], _angle(rotation, part))
+
+
+def _ungrouped_call(function, query, key, value, causal, *whole):
+    """Calls a part's function in cuDNN's axes [B, N, T, H], with a whole number of blocks of queries.
+
+    More queries than there are see nothing that matters: their output is cut off and their gradient is zero. Own keys
+    are padded too, in the future of every real query; of earlier chunks there is a whole number of blocks.
+    """
+    batch, kv_heads, groups, queries, width = query.shape
+    more = -queries % _ALIGNMENT
+
+    def flat(x):
+        x = x.reshape(batch, kv_heads * groups, queries, *x.shape[4:])
+        return jnp.pad(x, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3))
+
+    def grouped(x):
+        return x[:, :, :queries].reshape(batch, kv_heads, groups, queries, *x.shape[3:])
+
+    keys = key.shape[2]
+    if causal:
+        key, value = (jnp.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) for x in (key, value))
+    results = function(flat(query), key, value, causal, width**-0.5, *map(flat, whole))
+    if not whole:
+        return tuple(map(grouped, results))
+    dquery, dkey, dvalue = results
+    return grouped(dquery), dkey[:, :, :keys], dvalue[:, :, :keys]
+
+
+def _part_forward(query, key, value, causal, scale):
+    """cuDNN's output [B, N, T, H] and log-sum-exp [B, N, T] float32."""
+    cudnn = _cudnn()
+    none = jnp.zeros(0, query.dtype)
+    statics = _statics(cudnn, cudnn._dot_product_attention_fwd, scale, causal, return_residual=True)
+    arguments = {name: none for name in _UNUSED}
+    return cudnn._dot_product_attention_fwd(query=query, key=key, value=value, **arguments, **statics)[:2]
+
+
+def _part_backward(query, key, value, causal, scale, out, lse, dout):
+    """Gradients of query, key and value, given the output and log-sum-exp over these and all other keys."""
+    cudnn = _cudnn()
+    rule = cudnn._dot_product_attention_bwd_rule
+    statics = _statics(cudnn, rule, scale, causal, return_residual=False)
+    modifications = ((),) if "score_mod" in statics else ()
+    unused = [jnp.zeros(0, query.dtype)] * len(_UNUSED)
+    residuals = (query, key, value, *unused, *modifications, lse, out)
+    return rule(**statics, res=residuals, grad_output=dout)[:3]
+
+
+_UNUSED = ("bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "page_table_k", "page_table_v")
+
+
+def _statics(cudnn, function, scale, causal, return_residual):
+    """The arguments that say how, as far as this release of JAX has them."""
+    mask = cudnn.MaskType.CAUSAL if causal else cudnn.MaskType.NO_MASK
+    values = {
+        "score_mod_args": (),
+        "scale": scale,
+        "seed": 0,
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),
+        "mask_type": mask,
+        "layout": cudnn.AttentionLayout.BNTH.value,
+        "sliding_window_length": None,
+        "score_mod": None,
+        "cudnn_version": cudnn.check_cudnn_version(),
+        "is_training": True,
+        "return_residual": return_residual,
+    }
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in values.items() if name in known}
+
+
+def _cudnn():
+    if jax.default_backend() != "gpu":
+        raise ValueError("attention 'cudnn' needs an NVIDIA GPU; use 'chunked' (or 'pallas' on TPU)")
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo

@@ -1,0 +1,37 @@
+"""The pieces of a softmax that is computed in parts."""
+
+import jax
+import jax.numpy as jnp
+
+from qwen2_jax.einsum import einsum
+
+MASKED = -1e30
+FLOOR = -1e29
+"""Of a row's maximum: a row that sees nothing gets exp(MASKED - FLOOR) = 0 everywhere, not NaN."""
+
+
+def scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Scaled scores [B, K, G, T, S] float32 of query [B, K, G, T, H] and key [B, K, S, H]."""
+    products = einsum("BKGTH,BKSH->BKGTS", query, key)
+    return products * query.shape[-1] ** -0.5
+
+
+def weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Sum over S of value [B, K, S, H] by weights [B, K, G, T, S]: [B, K, G, T, H] float32."""
+    weights = weights.astype(value.dtype)
+    return einsum("BKGTS,BKSH->BKGTH", weights, value)
+
+
+def nonzero(total: jax.Array) -> jax.Array:
+    return jnp.where(total == 0, 1.0, total)
+
+
+def merge(first: tuple[jax.Array, jax.Array], second: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """One attention over two sets of keys, from the attention (out [..., T, H], log-sum-exp [..., T]) over each.
+
+    Both results are float32. A set without visible keys has a log-sum-exp of at most FLOOR and weighs nothing.
+    """
+    (out_a, lse_a), (out_b, lse_b) = first, second
+    lse = jnp.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = jnp.exp(lse_a - lse)[..., None], jnp.exp(lse_b - lse)[..., None]
+    return out_a.astype(jnp.float32) * weight_a + out_b.astype(jnp.float32) * weight_b, lse

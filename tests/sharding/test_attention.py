@@ -1,0 +1,47 @@
+"""Attention split over rows and heads equals attention on one device, in value and gradient."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from qwen2_jax.attention import attend
+from qwen2_jax.dual_chunk import DualChunk
+from sharding.attention import attention_over_heads
+from tests.qwen2_jax.attention.cases import make
+
+
+def mesh_of(**axes):
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("implementation", ["chunked", "dense"])
+def test_equals_one_device(rows, implementation):
+    segments = [[1] * 20 + [2] * 13, [0] * 3 + [1] * 30, [1] * 33, [1] * 31 + [0] * 2][:rows]
+    case = make(segments, dual_chunk=DualChunk(9, 2))
+    split = attention_over_heads(mesh_of(data=2, fsdp=2, tensor=2), implementation)
+    arguments = case.query, case.rotated_key(), case.value, case.rotations().query, case.context()
+
+    @jax.jit
+    def run(query, key, value, rotation, context):
+        results = []
+        for how in (split, implementation):
+            out, pull = jax.vjp(lambda *qkv, how=how: attend(*qkv, rotation, context, how), query, key, value)
+            results.append((out, *pull(case.dout)))
+        return results
+
+    for ours, alone in zip(*run(*arguments), strict=True):
+        np.testing.assert_allclose(ours, alone, atol=1e-5)
+
+
+def test_refuses():
+    case = make([[1] * 8])
+    mesh = mesh_of(tensor=4)
+    with pytest.raises(ValueError, match="2 key/value heads do not divide over 4 devices of tensor"):
+        attend(
+            *(case.query, case.rotated_key(), case.value, case.rotations().query, case.context()),
+            attention_over_heads(mesh, "dense"),
+        )
+    with pytest.raises(ValueError, match="attention must be one of"):
+        attention_over_heads(mesh, "flash")
