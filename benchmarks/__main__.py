@@ -1,4 +1,5 @@
-"""`python -m benchmarks`: the model beside transformers. `python -m benchmarks convert`: the converter beside cp."""
+"""`python -m benchmarks`: the model beside transformers; `... convert`: the converter beside cp; `... attention`: Dual
+Chunk Attention beside plain attention."""
 
 import dataclasses
 import json
@@ -10,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from benchmarks import conversion, machine, side_by_side, table
+from benchmarks import attention, conversion, machine, side_by_side, table
 from benchmarks.checkpoints import SIZES
 from qwen2_jax.command import exit_code, parse
+from qwen2_jax.dual_chunk import DualChunk
 
 Out = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 
@@ -41,7 +43,8 @@ class Common:
 class Speed(Common):
     """Measure prefill, decoding, loading and memory with random weights, beside transformers on the same CPU.
 
-    Where PyTorch is not installed, or JAX has an accelerator, this project alone. `convert` measures the converter.
+    Where PyTorch is not installed, or JAX has an accelerator, this project alone. `convert` measures the converter,
+    `attention` Dual Chunk Attention.
     """
 
     size: str = "qwen2-0.5b"
@@ -82,25 +85,58 @@ class Convert(Common):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Attention(Common):
+    """Measure Dual Chunk Attention beside plain attention of the same path, forward and backward."""
+
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
+    """Tokens of the one row."""
+    chunk_size: int = 2112
+    """C; the default makes chunks of 2048."""
+    local_size: int = 64
+    implementation: Literal["chunked", "cudnn", "pallas"] = "chunked"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"--lengths must be at least 1, got {self.lengths}")
+        DualChunk(self.chunk_size, self.local_size)
+
+    @property
+    def measured(self) -> str:
+        """The options that shape the measurement."""
+        lengths = " ".join(map(str, self.lengths))
+        sizes = f"--chunk-size {self.chunk_size} --local-size {self.local_size}"
+        how = f"--implementation {self.implementation} --dtype {self.dtype} --repeats {self.repeats}"
+        return f"attention --lengths {lengths} {sizes} {how}"
+
+
+KINDS: dict[str, type[Common]] = {"speed": Speed, "convert": Convert, "attention": Attention}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     return exit_code(lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: Sequence[str]) -> None:
-    converting = list(argv[:1]) == ["convert"]
-    if converting:
-        options: Any = parse(Convert, argv[1:], prog="python -m benchmarks convert")
-    else:
-        options = parse(Speed, argv, prog="python -m benchmarks")
+    named = argv and argv[0] in KINDS
+    kind, rest = (argv[0], argv[1:]) if named else ("speed", argv)
+    options: Any = parse(KINDS[kind], rest, prog=f"python -m benchmarks {kind}" if named else "python -m benchmarks")
     if options.markdown:
-        table.check_markdown(options.markdown, "convert" if converting else "speed")
+        table.check_markdown(options.markdown, kind)
     about = machine.describe()
     if about["load_average"] > 0.5:
-        machine.say(f"warning: the machine is busy (load average {about['load_average']:.1f}); the numbers will be low")
+        machine.say(
+            f"warning: the machine is busy (load average {about['load_average']:.1f}); timings will be too slow"
+        )
     place = options.scratch.resolve() if options.scratch else None
     with tempfile.TemporaryDirectory(prefix="qwen2-jax-benchmark-", dir=place) as folder:
-        if converting:
+        if kind == "convert":
             report = conversion.measure(Path(folder), options.gigabytes, options.max_host_memory, options.repeats)
+        elif kind == "attention":
+            sizes = DualChunk(options.chunk_size, options.local_size)
+            report = attention.measure(options.lengths, sizes, options.implementation, options.dtype, options.repeats)
         else:
             report = side_by_side.measure(Path(folder), options.size, options.dtype, options.repeats)
     report = {"command": f"python -m benchmarks {options.measured}", "machine": about, **report}

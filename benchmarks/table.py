@@ -60,6 +60,10 @@ def _title(report: dict[str, Any]) -> str:
     if report["benchmark"] == "convert":
         size = f"{report['model_bytes'] / 1e9:.2f} GB of bfloat16 weights"
         return f"{size}, --max-host-memory {report['max_host_memory']}; {where}"
+    if report["benchmark"] == "attention":
+        heads, kv_heads, width = report["heads"]
+        what = f"{report['implementation']} attention, {report['dtype']}, {heads} heads over {kv_heads} of {width}"
+        return f"{what}, C = {report['chunk_size']}, l = {report['local_size']}; {where}"
     kind = report["frameworks"][OURS]["device_kind"]
     return f"{report['model']}; {where if kind == 'cpu' else f'{kind}, {where}'}"
 
@@ -67,6 +71,9 @@ def _title(report: dict[str, Any]) -> str:
 def _caption(report: dict[str, Any]) -> str:
     machine = report["machine"]
     text = f"Medians of {report['repeats']}, load average before {machine['load_average']:.2f}."
+    if report["benchmark"] == "attention":
+        text += " Work: multiply-adds of the chunked path, in units of the least that causal attention needs."
+        text += " " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + "."
     if report["benchmark"] == "speed":
         about = report["frameworks"].values()
         versions = {name: version for framework in about for name, version in framework["versions"].items()}
@@ -89,6 +96,17 @@ def _cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 f"{report['model_bytes'] / result['median_seconds'] / 1e9:.2f}",
                 f"{result['times_baseline']:.2f}",
                 _quantity(result["peak_memory"], "bytes"),
+            ]
+            for result in results
+        ]
+    if report["benchmark"] == "attention":
+        columns = ["tokens", "plain", "dual chunk", "ratio", "work: plain", "work: dual chunk"]
+        return columns, [
+            [
+                f"{result['tokens']:,}",
+                *(_quantity(result["medians"][name], "seconds") for name in ("plain", "dual chunk")),
+                f"{result['ratio']:.2f}",
+                *(f"{result['macs'][name] / result['macs_minimum']:.3f}" for name in ("plain", "dual chunk")),
             ]
             for result in results
         ]

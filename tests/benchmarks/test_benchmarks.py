@@ -60,6 +60,19 @@ def test_convert(tmp_path):
     assert "| from-hf |" in markdown.read_text()
 
 
+def test_attention(tmp_path):
+    markdown = page(tmp_path, "attention")
+    arguments = ["attention", "--lengths", "64", "96", "--chunk-size", "20", "--local-size", "4", "--repeats", "1"]
+    assert main([*arguments, "--json", str(tmp_path / "out.json"), "--markdown", str(markdown)]) == 0
+
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [result["tokens"] for result in report["results"]] == [64, 96]
+    for result in report["results"]:
+        assert result["medians"].keys() == result["macs"].keys() == {"plain", "dual chunk"}
+        assert result["macs_minimum"] <= result["macs"]["plain"] <= result["macs"]["dual chunk"]
+    assert "| 96 |" in markdown.read_text()
+
+
 @pytest.mark.parametrize("gigabytes", [0.1, 2, 14])
 def test_config_of(gigabytes):
     nbytes = 2 * sum(array.size for array in arrays_of(config_of(gigabytes * 1e9)).values())
