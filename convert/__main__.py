@@ -1,3 +1,10 @@
-from convert.cli import main
+"""What `python -m convert` runs: `qwen2-jax convert`."""
 
-raise SystemExit(main())
+from qwen2_jax.command import end_process, interrupt_by_exception, prepare_process
+
+prepare_process()
+interrupt_by_exception()
+
+from convert.cli import main  # noqa: E402  (slower, and the streams must be there before it)
+
+end_process(main())

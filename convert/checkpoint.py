@@ -8,12 +8,16 @@ from convert.hugging_face import HuggingFaceSource
 from convert.native import MANIFEST, NativeSource
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Source:
+def open_checkpoint(path: str | os.PathLike[str], allow_pickle: bool = False) -> Source:
     """A checkpoint of either kind, open for reading; a hub id is downloaded first.
+
+    Args:
+      path: the folder or id.
+      allow_pickle: read PyTorch .bin files where there are no safetensors.
 
     Raises:
       ValueError: for what is missing, damaged or does not fit together.
       OSError: if a file cannot be read.
     """
-    folder = local_folder(path)
-    return NativeSource(folder) if (folder / MANIFEST).exists() else HuggingFaceSource(folder)
+    folder = local_folder(path, "pickles" if allow_pickle else "safetensors")
+    return NativeSource(folder) if (folder / MANIFEST).exists() else HuggingFaceSource(folder, allow_pickle)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,18 @@ from tyro.conf import Positional, arg, subcommand
 
 from convert.checkpoint import open_checkpoint
 from convert.conversion import Report, convert_from_hf, convert_to_hf
-from convert.files import listing
+from convert.files import listing, shown
 from convert.progress import progress_bar
 from convert.verify import Comparison, Difference, compare, logits_difference
 from qwen2_jax.command import exit_code, parse
 
 _SHOWN = 8  # differing arrays that are listed
 
-Dtype = Literal["bfloat16", "float16", "float32"]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    arg(metavar="{bfloat16,float16,float32}", help_behavior_hint="(default: as stored)"),
+]
+Size = Annotated[str, arg(metavar="SIZE")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +38,9 @@ class FromHf:
     """Folder with config.json and safetensors files, or a hub id such as Qwen/Qwen2-0.5B (downloaded)."""
     dst: Annotated[Positional[Path], arg(metavar="DST")]
     """Folder to create."""
-    dtype: Dtype | None = None
-    """Number format of the weights written; by default each tensor keeps its own."""
-    max_host_memory: str = "2GiB"
+    dtype: Dtype = None
+    """Number format of the weights written."""
+    max_host_memory: Size = "2GiB"
     """Memory that this process may take up, such as 512MB."""
     overwrite: bool = False
     """Replace a checkpoint at DST, once the new one is complete."""
@@ -56,13 +61,13 @@ class ToHf:
     """Checkpoint folder of ours."""
     dst: Annotated[Positional[Path], arg(metavar="DST")]
     """Folder to create."""
-    dtype: Dtype | None = None
-    """Number format of the weights written; by default each tensor keeps its own."""
-    shard_size: str = "5GB"
+    dtype: Dtype = None
+    """Number format of the weights written."""
+    shard_size: Size = "5GB"
     """Weights per file at most; what fits into one file becomes model.safetensors."""
     fused_experts: bool = False
     """Write a layer's experts as one tensor, as transformers 5 holds them, instead of one per expert as on the hub."""
-    max_host_memory: str = "2GiB"
+    max_host_memory: Size = "2GiB"
     """Memory that this process may take up, such as 512MB."""
     overwrite: bool = False
     """Replace a checkpoint at DST, once the new one is complete."""
@@ -78,11 +83,13 @@ class Verify:
     """One checkpoint folder or hub id."""
     b: Annotated[Positional[str], arg(metavar="B")]
     """The other."""
-    tolerance: float | None = None
-    """Largest difference between two numbers that counts as equal. By default bits must be equal, and weights of
-    different number formats must be equal once the wider ones are rounded."""
+    tolerance: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: equal bits)")] = None
+    """Largest difference between two numbers that counts as equal. Without it weights of different number formats are
+    equal if the wider ones round to the narrower ones."""
     logits: bool = False
     """Also run both models in float32 on a fixed prompt, and compare the logits."""
+    allow_pickle: bool = False
+    """Read PyTorch .bin files if there are no safetensors. Only for files whose author you trust."""
     json: bool = False
     """Report as one JSON object on standard output."""
 
@@ -126,61 +133,75 @@ def _run(argv: Sequence[str]) -> int:
             )
     for warning in report.warnings:
         print(f"qwen2-jax: warning: {warning}", file=sys.stderr)
-    print(json.dumps(dataclasses.asdict(report)) if job.json else _sentence(report))
+    print(_json(dataclasses.asdict(report)) if job.json else _sentence(report))
     return 0
 
 
 def _sentence(report: Report) -> str:
+    where = shown(report.destination)
     if report.already_complete:
-        return f"{report.destination} is complete already; nothing to do (--overwrite makes it anew)"
+        return f"{where} is complete already; nothing to do (--overwrite makes it anew)"
     resumed = f", {report.bytes_resumed / 1e9:.2f} GB of it from an earlier run" if report.bytes_resumed else ""
     return (
-        f"{report.destination}: {report.parameters:,} parameters in {report.arrays} arrays, "
+        f"{where}: {report.parameters:,} parameters in {report.arrays} arrays, "
         f"{report.bytes / 1e9:.2f} GB in {report.seconds:.1f} s{resumed}"
     )
 
 
 def _verify(job: Verify) -> int:
-    a, b = open_checkpoint(job.a), open_checkpoint(job.b)
+    a, b = open_checkpoint(job.a, job.allow_pickle), open_checkpoint(job.b, job.allow_pickle)
+    names = f"{shown(job.a)} and {shown(job.b)}"
     with progress_bar("comparing", quiet=job.json) as progress:
         result = compare(a, b, job.tolerance, progress)
     logits = None
-    if job.logits and a.config == b.config:
-        logits = logits_difference(job.a, job.b)
+    if job.logits and not result.config:
+        logits = logits_difference(a, b)
     # Across number formats logits differ by rounding: then only a tolerance that was given can judge them.
     limit = 0.0 if job.tolerance is None and a.dtypes == b.dtypes else job.tolerance
     apart = None if logits is None else logits["max_abs_diff"]
     far = apart is not None and limit is not None and not apart <= limit
     if job.json:
-        print(json.dumps({"equal": result.equal and not far, **dataclasses.asdict(result), "logits": logits}))
+        print(_json({"equal": result.equal and not far, **dataclasses.asdict(result), "logits": logits}))
     else:
         for difference in result.differences[:_SHOWN]:
             print(_difference(difference))
         if len(result.differences) > _SHOWN:
             print(f"... and {len(result.differences) - _SHOWN} more arrays that differ")
-        if logits is not None:
+        if job.logits and logits is None:
+            print("logits were not compared: the configurations differ")
+        elif logits is not None:
             agree = "the same" if logits["same_tokens"] else "not the same"
             print(
                 f"logits of {logits['prompt_tokens']} tokens: largest difference {logits['max_abs_diff']:.3g}, {agree} "
                 "most likely tokens"
             )
     if not result.equal:
-        raise ValueError(f"{job.a} and {job.b} differ: {_summary(result)}")
+        raise ValueError(f"{names} differ: {_summary(result)}")
     if far:
-        raise ValueError(f"the logits of {job.a} and {job.b} differ by up to {apart:.3g}")
+        raise ValueError(f"the logits of {names} differ by up to {apart:.3g}")
     if not job.json:
-        print(f"equal: {result.compared} arrays, {result.numbers:,} parameters")
+        how = f" after rounding to {' and '.join(result.rounded_to)}" if result.rounded_to else ""
+        how = how if job.tolerance is None else f" within {job.tolerance:g}"
+        print(f"equal{how}: {result.compared} arrays, {result.numbers:,} parameters")
     return 0
 
 
+def _json(value: Any) -> str:
+    """JSON as the standard has it, which knows no NaN and no infinity: null stands for them."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
 def _summary(result: Comparison) -> str:
-    kinds = {
-        "arrays only in the first": list(result.only_in_a),
-        "arrays only in the second": list(result.only_in_b),
-        "arrays of another shape": list(result.other_shape),
-        "fields of config.json": list(result.config),
-    }
-    parts = [listing(kinds)] if any(kinds.values()) else []
+    # Which arrays there are, and their shapes, follow from config.json: both checkpoints were found to fit theirs.
+    parts = [listing({"fields of config.json": list(result.config)})] if result.config else []
     if result.differences:
         parts.append(
             f"{len(result.differences)} of {result.compared} arrays, first {_difference(result.differences[0])}"

@@ -1,6 +1,7 @@
 """Hugging Face folder -> ours, and back: the two jobs of the converter."""
 
 import dataclasses
+import hashlib
 import os
 import re
 import shutil
@@ -11,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from convert.destination import check_apart, check_destination, is_finished, work_folder
 from convert.dtypes import weight_dtype
-from convert.files import listing
+from convert.files import expanded, first_bytes, identity, listing, shown
 from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
 from convert.hugging_face import HuggingFaceSink, HuggingFaceSource
 from convert.names import arrays_of
 from convert.native import MANIFEST, NativeSink, NativeSource
 from convert.stream import Part, Progress, Tally, copy_arrays
-from convert.workspace import Workspace, check_destination, is_finished, open_workspace
+from convert.workspace import Workspace, open_workspace, remove_leftovers
+from qwen2_jax.json_object import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ def convert_from_hf(
       ValueError: for bad input, a destination that may not be replaced, or one that another process is writing.
       OSError: for files that cannot be read or written.
     """
-    folder = local_folder(source, pickles=allow_pickle)
+    folder = local_folder(source, "pickles" if allow_pickle else "safetensors")
     if (folder / MANIFEST).exists():
         raise ValueError(f"{folder} is a checkpoint of ours already; `to-hf` converts it back")
     opened = HuggingFaceSource(folder, allow_pickle)
@@ -100,9 +103,9 @@ def convert_to_hf(
 
     The other arguments, and what is raised, are as in `convert_from_hf`.
     """
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{folder} is not a checkpoint of ours: it has no {MANIFEST}")
+        raise ValueError(f"{shown(folder)} is not a checkpoint of ours: it has no {MANIFEST}")
     opened = NativeSource(folder)
     check_vocabulary(folder, opened.config)
     limit = parse_size(shard_size)
@@ -130,12 +133,12 @@ def parse_size(size: int | str) -> int:
     Raises:
       ValueError: for anything else, and for less than a byte.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE)
     count = 0
     if match and (match[2] or not match[3]):
         count = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
     if count < 1:
-        raise ValueError(f"{size!r} is not a size; examples are 512MB, 2GiB and 1000000")
+        raise ValueError(f"{brief(size)} is not a size; examples are 512MB, 2GiB and 1000000")
     return count
 
 
@@ -151,11 +154,12 @@ def _convert(
 ) -> Report:
     """What both directions share: refuse what is unsafe, skip what is done, do the work, publish it, report."""
     memory = parse_size(max_host_memory)
-    destination = Path(os.path.realpath(destination.expanduser()))
-    if destination == Path(os.path.realpath(source.folder)):
-        raise ValueError(f"source and destination are both {destination}")
+    destination = Path(os.path.realpath(expanded(destination)))
+    for place in (destination, work_folder(destination)):
+        check_apart(place, [source.folder, *_read_files(source.folder, watched)])
     task = options | _snapshot(source.folder, watched)
     if not overwrite and is_finished(destination, task):
+        remove_leftovers(destination)
         return Report(str(destination), already_complete=True)
     check_destination(destination, overwrite)
     target = weight_dtype(dtype) if dtype else None
@@ -168,6 +172,7 @@ def _convert(
             raise ValueError(f"{source.folder} changed while it was being converted; run the command again")
         work.publish()
     warnings = [
+        *([work.discarded] if work.discarded else []),
         *_warning("NaN or infinite", tally.nonfinite),
         *_warning(f"too large for {target}, now infinite", tally.overflowed),
     ]
@@ -182,10 +187,20 @@ def _convert(
     )
 
 
+def _read_files(folder: Path, watched: list[Path]) -> list[Path]:
+    return [folder / "config.json", *carried_files(folder), *watched]
+
+
 def _snapshot(folder: Path, watched: list[Path]) -> dict[str, Any]:
-    """What identifies the source's state, cheaply: every file's name, size and time of change."""
-    files = [folder / "config.json", *carried_files(folder), *watched]
-    return {"files": [[path.name, (status := path.stat()).st_size, status.st_mtime_ns] for path in files]}
+    """What identifies the source and its state, cheaply: where it is, and of every file that is read what the system
+    tells and a digest of its begin, which covers small files and the headers of large ones."""
+    return {
+        "source": os.path.realpath(folder),
+        "files": {
+            path.name: {**identity(path.stat()), "content": hashlib.sha256(first_bytes(path)).hexdigest()}
+            for path in _read_files(folder, watched)
+        },
+    }
 
 
 def _copy_files(source: HuggingFaceSource | NativeSource, folder: Path, dtypes: dict[str, np.dtype]) -> None:

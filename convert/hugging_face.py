@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and weights in one or more files, read strictly, written as transformers does."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from convert.chunks import CHUNK_BYTES, Chunk, chunk_shape, chunks_of
-from convert.files import as_bytes, brief, listing, read_at, read_json, sha256, write_at
+from convert.files import as_bytes, listing, read_at, read_json, sha256, write_at
 from convert.folder import check_vocabulary, json_bytes, read_config
-from convert.names import IGNORED, Array, Shape, arrays_of, kind_of, tensors_of
+from convert.names import IGNORED, Array, Shape, arrays_of, check_counts, kind_of, tensors_of
 from convert.pickle_files import PickleFile
 from convert.safetensors_files import Tensor, TensorFile, header
+from qwen2_jax.json_object import brief
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -45,8 +47,9 @@ class HuggingFaceSource:
         self.files = _weight_files(folder, allow_pickle)
         self._file_of = {name: file for file in self.files for name in file.tensors}
         tensors = {name: file.tensors[name] for name, file in self._file_of.items()}
-        fused = any(name.endswith(".experts.gate_up_proj") for name in tensors)
-        self.arrays = arrays_of(self.config, fused)
+        fused = [tensor.shape[0] for name, tensor in tensors.items() if _is_fused(name) and tensor.shape]
+        check_counts(str(folder), self.config, len(tensors), max(fused) if fused else None)
+        self.arrays = arrays_of(self.config, bool(fused))
         _check_tensors(folder, tensors, self.arrays, self.config.tie_word_embeddings)
         self.dtypes = {path: tensors[array.pieces[0].name].dtype for path, array in self.arrays.items()}
         if "lm_head.weight" in tensors and self.config.tie_word_embeddings:
@@ -81,15 +84,19 @@ class HuggingFaceSource:
             )
 
 
+def _is_fused(name: str) -> bool:
+    return name.endswith(".experts.gate_up_proj")
+
+
 def _weight_files(folder: Path, allow_pickle: bool) -> list[WeightFile]:
-    present = [name for name in (SINGLE, INDEX) if (folder / name).exists()]
+    present = [name for name in (SINGLE, INDEX) if os.path.lexists(folder / name)]
     if len(present) == 2:
         raise ValueError(f"{folder} holds both {SINGLE} and {INDEX}; remove the one that is not the model")
     if present == [SINGLE]:
         return [TensorFile(folder / SINGLE)]
     if present == [INDEX]:
         return _indexed(folder, INDEX, ".safetensors", TensorFile)
-    pickles = [name for name in (PICKLE, PICKLE_INDEX) if (folder / name).exists()]
+    pickles = [name for name in (PICKLE, PICKLE_INDEX) if os.path.lexists(folder / name)]
     if not pickles:
         raise ValueError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
     if not allow_pickle:

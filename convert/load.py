@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +14,10 @@ import numpy as np
 
 from convert.checkpoint import open_checkpoint
 from convert.chunks import Chunk, Source
-from convert.dtypes import FLOAT32, weight_dtype
-from convert.folder import carried_files, check_vocabulary, config_bytes
+from convert.destination import check_apart, work_folder
+from convert.dtypes import FLOAT32, cast, count_nonfinite, weight_dtype
+from convert.files import expanded, listing, shown
+from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
 from convert.names import Shape, arrays_of
 from convert.native import NativeSink
 from convert.workspace import open_workspace
@@ -33,7 +37,8 @@ def load_checkpoint(
 
     Args:
       path: the folder or id.
-      dtype: of the parameters: bfloat16, float16 or float32. None keeps each one's.
+      dtype: of the parameters: bfloat16, float16 or float32. None keeps each one's. Numbers too large for it become
+        infinite, with a warning that names their arrays.
       mesh: devices to spread the parameters over, by `sharding.rules.param_shardings`; each process reads only what its
         devices need. None puts everything on the default device.
       stacked: the form of the parameter tree: per layer (`layers_0`, ...), or with a leading axis over layers.
@@ -47,11 +52,18 @@ def load_checkpoint(
         against its digest before it is used.
       OSError: if a file cannot be read.
     """
-    source = open_checkpoint(path)
+    return load_open(open_checkpoint(path), dtype, mesh, stacked)
+
+
+def load_open(
+    source: Source, dtype: Any = None, mesh: jax.sharding.Mesh | None = None, stacked: bool = False
+) -> tuple[Qwen2Config, Params]:
+    """`load_checkpoint` of a checkpoint that is open already."""
     config = source.config
     target = None if dtype is None else weight_dtype(dtype)
     leaves = _leaves(config, source.arrays, stacked)
     shardings = None if mesh is None else _flatten(param_shardings(config, mesh, stacked))
+    overflowed: Counter[str] = Counter()  # each array is read by one thread
 
     def load(leaf: str) -> jax.Array:
         paths = leaves[leaf]
@@ -60,16 +72,23 @@ def load_checkpoint(
         stored = {source.dtypes[path] for path in paths}
         wanted = target or (stored.pop() if len(stored) == 1 else FLOAT32)
         if shardings is None:
-            return jax.device_put(_read_box(source, paths, shape, tuple(slice(0, side) for side in shape), wanted))
+            everything = tuple(slice(0, side) for side in shape)
+            return jax.device_put(_read_box(source, paths, shape, everything, wanted, overflowed))
         sharding = shardings[leaf]
         hull = _hull(sharding.addressable_devices_indices_map(shape).values(), shape)
-        block = _read_box(source, paths, shape, hull, wanted)
+        block = _read_box(source, paths, shape, hull, wanted, overflowed)
         return jax.make_array_from_callback(shape, sharding, lambda index: block[_relative(index, hull, shape)])
 
     with ThreadPoolExecutor(_THREADS) as pool:
         # Large ones first: the last thread to finish then has little left to do.
         order = sorted(leaves, key=lambda leaf: -source.arrays[leaves[leaf][0]].size)
         arrays = dict(zip(order, pool.map(load, order), strict=True))
+    if overflowed:
+        counts = [f"{name}: {count}" for name, count in overflowed.items()]
+        warnings.warn(
+            f"{overflowed.total()} weights are too large for {target}, now infinite: {listing({'arrays': counts})}",
+            stacklevel=3,
+        )
     return config, _nest({leaf: arrays[leaf] for leaf in leaves})
 
 
@@ -87,15 +106,16 @@ def save_checkpoint(
       config: the model.
       params: its parameters in either form, nested dicts of arrays (numpy or jax) that this process can address;
         bfloat16, float16 or float32, each written as it is.
-      tokenizer_from: a checkpoint folder whose tokenizer and generation files are carried along.
+      tokenizer_from: a checkpoint folder or hub id whose tokenizer and generation files are carried along. Without it,
+        the command line cannot use the result.
       overwrite: whether a checkpoint at `path` may be replaced.
 
     Raises:
-      ValueError: if the parameters are not those of `config` (all differences are listed), if the tokenizer has ids
-        that they have no row for, or if `path` is taken.
+      ValueError: if the parameters are not those of `config` (all differences are listed), if `tokenizer_from` holds no
+        tokenizer or one with ids that they have no row for, or if `path` is taken.
       OSError: if it cannot be written.
     """
-    destination = Path(os.path.realpath(Path(path).expanduser()))
+    destination = Path(os.path.realpath(expanded(path)))
     arrays = arrays_of(config)
     rows = _rows(config, params)
     wrong = [f"{p}: missing" for p in arrays if p not in rows] + [f"{p}: unknown" for p in rows if p not in arrays]
@@ -113,9 +133,8 @@ def save_checkpoint(
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise ValueError(f"the parameters are not those of the configuration: {'; '.join(wrong[:8])}{more}")
     dtypes = {p: weight_dtype(rows[p][0].dtype) for p in arrays}
-    carried = carried_files(Path(tokenizer_from)) if tokenizer_from else []
-    if tokenizer_from:
-        check_vocabulary(Path(tokenizer_from), config)
+    carried = [] if tokenizer_from is None else _tokenizer_files(local_folder(tokenizer_from, "none"), config)
+    check_apart(work_folder(destination), carried)
 
     with open_workspace(destination, {"job": "save", "process": os.getpid()}, overwrite) as work:
         sink = NativeSink(work.folder, arrays, dtypes)
@@ -137,6 +156,17 @@ def save_checkpoint(
         (work.folder / "config.json").write_bytes(config_bytes(config, dtypes["embed.embedding"]))
         sink.finish(digests)
         work.publish()
+
+
+def _tokenizer_files(folder: Path, config: Qwen2Config) -> list[Path]:
+    carried = carried_files(folder)
+    names = {path.name for path in carried}
+    if "tokenizer.json" not in names and not {"vocab.json", "merges.txt"} <= names:
+        raise ValueError(
+            f"tokenizer_from: {shown(folder)} holds no tokenizer; expected tokenizer.json, or vocab.json and merges.txt"
+        )
+    check_vocabulary(folder, config)
+    return carried
 
 
 def _leaves(config: Qwen2Config, paths: Mapping[str, Any], stacked: bool) -> dict[str, list[str]]:
@@ -187,21 +217,24 @@ def _nest(flat: Mapping[str, Any]) -> Params:
 Box = tuple[slice, ...]
 
 
-def _read_box(source: Source, paths: list[str], shape: Shape, box: Box, dtype: np.dtype) -> np.ndarray:
+def _read_box(
+    source: Source, paths: list[str], shape: Shape, box: Box, dtype: np.dtype, overflowed: Counter[str]
+) -> np.ndarray:
     """The numbers of a leaf of `shape` that lie in `box`, cast to `dtype`, in memory of their own, aligned for JAX.
 
-    A leaf with one more axis than its arrays is the stack of those at `paths`.
+    A leaf with one more axis than its arrays is the stack of those at `paths`. Finite numbers that the cast made
+    infinite are counted in `overflowed`, by array.
     """
     out = _aligned_empty(tuple(side.stop - side.start for side in box), dtype)
     if len(shape) == len(source.arrays[paths[0]].shape):
-        _read_array_box(source, paths[0], box, out)
+        _read_array_box(source, paths[0], box, out, overflowed)
     else:
         for layer, path in enumerate(paths[box[0]]):
-            _read_array_box(source, path, box[1:], out[layer])
+            _read_array_box(source, path, box[1:], out[layer], overflowed)
     return out
 
 
-def _read_array_box(source: Source, path: str, box: Box, out: np.ndarray) -> None:
+def _read_array_box(source: Source, path: str, box: Box, out: np.ndarray, overflowed: Counter[str]) -> None:
     stored = source.dtypes[path]
     for chunk, inside in _chunks_in(source, path, box):
         target = out[_shifted(inside, box)]
@@ -210,7 +243,12 @@ def _read_array_box(source: Source, path: str, box: Box, out: np.ndarray) -> Non
             continue
         numbers = np.empty(chunk.stop - chunk.start, stored)
         source.read(path, chunk.start, numbers)
-        np.copyto(target, numbers.reshape(chunk.shape)[_shifted(inside, chunk.box)], casting="unsafe")
+        numbers = np.ascontiguousarray(numbers.reshape(chunk.shape)[_shifted(inside, chunk.box)])
+        result = cast(numbers, out.dtype)
+        if stored != out.dtype and (infinite := count_nonfinite(result.reshape(-1))):
+            infinite -= count_nonfinite(numbers.reshape(-1))
+            overflowed.update({path: infinite} if infinite else {})
+        target[...] = result
 
 
 def _chunks_in(source: Source, path: str, box: Box) -> Iterator[tuple[Chunk, Box]]:

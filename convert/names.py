@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from qwen2_jax.config import Qwen2Config
+from qwen2_jax.json_object import brief
 
 Shape = tuple[int, ...]
 
@@ -118,6 +119,28 @@ def arrays_of(config: Qwen2Config, fused_experts: bool = False) -> dict[str, Arr
             arrays.append(_array(row, sizes, f"layers_{layer}.", f"model.layers.{layer}.", fused_experts))
     arrays += [_array(row, sizes, "", "", fused_experts) for row in head[1:]]
     return {array.path: array for array in arrays}
+
+
+def check_counts(where: str, config: Qwen2Config, present: int, experts: int | None = None) -> None:
+    """Refuses a config.json that belongs to an altogether larger model, before a table of its size is built.
+
+    Args:
+      where: the folder.
+      config: the model.
+      present: how many tensors there are.
+      experts: how many experts a tensor holds at most; None if each expert has tensors of its own.
+
+    Raises:
+      ValueError: if there are far too few tensors for its layers or experts.
+    """
+    most = 2 * present + 100  # whatever is nearer than this is reported tensor by tensor
+    layers, each = config.num_hidden_layers, config.num_experts
+    sparse = sum(config.is_moe_layer(layer) for layer in range(layers)) if layers <= most else 0
+    if layers > most or (sparse and (3 * sparse * each > most if experts is None else each > experts + most)):
+        raise ValueError(
+            f"{where}: config.json has num_hidden_layers {brief(layers)} and num_experts {brief(each)}, but the "
+            f"weights are only {present} tensors; they do not belong together"
+        )
 
 
 def tensors_of(arrays: Mapping[str, Array]) -> dict[str, Shape]:

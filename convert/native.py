@@ -11,6 +11,7 @@ written last: a folder without one is not a checkpoint.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import numpy as np
 
 from convert.chunks import Chunk, chunk_shape, chunks_of, is_chunk_shape
 from convert.dtypes import BY_NAME
-from convert.files import as_bytes, brief, listing, read_at, read_json, sha256, sha256_file, write_at
+from convert.files import as_bytes, listing, read_at, read_json, sha256, sha256_file, write_at
 from convert.folder import read_config
-from convert.names import Array, Shape, arrays_of
+from convert.names import Array, Shape, arrays_of, check_counts
+from qwen2_jax.json_object import brief
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "qwen2_jax checkpoint", 1
+_PLAIN_NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
 _ORBAX_FILES = ("params/_METADATA", "params/_CHECKPOINT_METADATA")
 
 
@@ -47,6 +50,7 @@ class NativeSource:
                     f"purpose, put {found} there"
                 )
         self.config = read_config(folder)
+        check_counts(str(folder), self.config, len(entries), _experts(entries))
         self.arrays = arrays_of(self.config)
         _check_entries(folder, entries, self.arrays)
         self.dtypes = {path: BY_NAME[entries[path]["dtype"]] for path in self.arrays}
@@ -75,7 +79,7 @@ class NativeSource:
     def _read_chunk(self, path: str, chunk: Chunk, digest: str, numbers: np.ndarray) -> None:
         file = chunk_file(self.folder, path, chunk)
         padding = bytearray(_padding(chunk, self._chunk_shapes[path]) * numbers.itemsize)
-        read_at(file, 0, as_bytes(numbers), memoryview(padding))
+        read_at(file, 0, as_bytes(numbers), memoryview(padding), whole=True)
         if sha256(numbers, padding) != digest:
             raise ValueError(f"array {path} is damaged: the sha256 of {file} differs from the one in {MANIFEST}")
 
@@ -104,13 +108,14 @@ class NativeSink:
         """Writes the file of one chunk; numbers are flat and of the array's dtype. Raises OSError."""
         file = chunk_file(self.folder, path, chunk)
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_at(file, 0, as_bytes(numbers), bytes(_padding(chunk, self.chunk_shapes[path]) * numbers.itemsize))
+        padding = bytes(_padding(chunk, self.chunk_shapes[path]) * numbers.itemsize)
+        write_at(file, 0, as_bytes(numbers), padding, whole=True)
 
     def read(self, path: str, chunk: Chunk) -> np.ndarray:
         """What the file of one chunk now holds: flat, of the array's dtype. Raises ValueError or OSError."""
         numbers = np.empty(chunk.stop - chunk.start, self.dtypes[path])
         padding = bytearray(_padding(chunk, self.chunk_shapes[path]) * numbers.itemsize)
-        read_at(chunk_file(self.folder, path, chunk), 0, as_bytes(numbers), memoryview(padding))
+        read_at(chunk_file(self.folder, path, chunk), 0, as_bytes(numbers), memoryview(padding), whole=True)
         if any(padding):
             raise ValueError(f"{chunk_file(self.folder, path, chunk)} is damaged behind its numbers")
         return numbers
@@ -171,7 +176,7 @@ def _read_manifest(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
         raise ValueError(f"{path} is not the manifest of a {_FORMAT}")
-    if manifest.get("version") != _VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] != _VERSION:
         raise ValueError(f"{path} is of version {brief(manifest.get('version'))}, this program reads {_VERSION}")
     files, arrays = manifest.get("files"), manifest.get("arrays")
     if (
@@ -180,9 +185,15 @@ def _read_manifest(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         or not isinstance(arrays, dict)
     ):
         raise ValueError(f"{path} is damaged: its list of files or arrays is missing")
-    if outside := [name for name in files if name not in _ORBAX_FILES and "/" in name]:
+    if outside := [name for name in files if name not in _ORBAX_FILES and not _PLAIN_NAME.fullmatch(name)]:
         raise ValueError(f"{path} names a file outside its folder: {brief(outside[0])}")
     return files, arrays
+
+
+def _experts(entries: Mapping[str, Any]) -> int:
+    """How many experts the arrays in a manifest have at most."""
+    shapes = [entry.get("shape") for path, entry in entries.items() if ".moe." in path and isinstance(entry, dict)]
+    return max((shape[0] for shape in shapes if isinstance(shape, list) and shape and type(shape[0]) is int), default=0)
 
 
 def _check_entries(folder: Path, entries: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
@@ -196,7 +207,7 @@ def _check_entries(folder: Path, entries: Mapping[str, Any], arrays: Mapping[str
             and shape == list(array.shape)
             and is_chunk_shape(array.shape, chunk)
             and isinstance(digests, list)
-            and len(digests) == sum(1 for _ in chunks_of(array.shape, tuple(chunk)))
+            and len(digests) == math.prod(-(-side // part) for side, part in zip(array.shape, chunk, strict=True))
         )
 
     kinds = {

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.dtypes import SAFETENSORS, SAFETENSORS_NAME
-from convert.files import JSON_LIMIT, as_bytes, brief, parse_json, read_at
+from convert.files import as_bytes, read_at
 from convert.names import Shape
+from qwen2_jax.json_object import JSON_LIMIT, brief, parse_json
 
 
 class Tensor(NamedTuple):

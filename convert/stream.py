@@ -11,7 +11,7 @@ import numpy as np
 
 from convert.chunks import Chunk, Source
 from convert.dtypes import cast, count_nonfinite
-from convert.files import FULL, cores
+from convert.files import cores
 from convert.names import Piece
 from convert.workspace import Workspace
 
@@ -79,7 +79,7 @@ def copy_arrays(
 
     Raises:
       ValueError: if the source is damaged, or max_memory is too small for a single worker.
-      OSError: if something cannot be read or written; a full disk is named as such.
+      OSError: if something cannot be read or written.
     """
     sizes = [(part.chunk.stop - part.chunk.start) * sink.dtypes[part.path].itemsize for part in parts]
     tally, begin = Tally(bytes_total=sum(sizes)), time.monotonic()
@@ -101,8 +101,6 @@ def copy_arrays(
                 done += size
                 if progress:
                     progress(done, tally.bytes_total)
-        except OSError as error:
-            raise _explained(error, workspace) from None
         finally:
             pool.shutdown(cancel_futures=True)
     for part in parts:
@@ -160,12 +158,3 @@ def _workers(source: Source, sink: Sink, parts: Sequence[Part], max_memory: int)
             f"--max-host-memory {max_memory // 1_000_000}MB is too little for this conversion; it takes {needed}MB"
         )
     return min((max_memory - _BASE) // each, cores(), _MOST_WORKERS)
-
-
-def _explained(error: OSError, workspace: Workspace) -> OSError:
-    if error.errno in FULL:
-        return OSError(
-            f"the disk of {workspace.folder} is full ({error.strerror}); what is finished is kept there: free some "
-            "space and run the same command again"
-        )
-    return error

@@ -160,9 +160,12 @@ def run(capsys):
     return command
 
 
+NOTES = (".receipts.jsonl", ".conversion.json")
+
+
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder; receipts aside, which tell of the run and not of the result."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".receipts.jsonl")
+    """Every file of a folder; notes aside, which tell of the run and not of the result."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in NOTES)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 

@@ -40,6 +40,7 @@ def test_warning_goes_to_standard_error(make_hf, tools, run, tmp_path):
     ("arguments", "message"),
     [
         (["from-hf", "a", "b", "--max-host-memory", "lots"], "'lots' is not a size"),
+        (["from-hf", "a", "b", "--max-host-memory", "9" * 400], "999...' is not a size"),
         (["from-hf", "a", "b", "--max-host-memory", "1MB"], "--max-host-memory 1MB is too little for this conversion"),
         (["from-hf", "a"], "DST"),
         (["from-hf", "a", "b", "--dtype", "int4"], "int4"),
@@ -62,7 +63,9 @@ def test_help(job, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*job, "--help"])
     assert not stop.value.code
-    assert "usage: qwen2-jax convert" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "usage: qwen2-jax convert" in text
+    assert not any(internal in text for internal in ("None", "STR", "FLOAT", "PATH"))
 
 
 def test_progress_lines(make_hf, run, tmp_path, monkeypatch):
@@ -74,10 +77,16 @@ def test_progress_lines(make_hf, run, tmp_path, monkeypatch):
 def test_progress_bar(capsys, monkeypatch):
     from convert.progress import progress_bar
 
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     with progress_bar("converting") as update:
         update(5, 10)
         update(10, 10)
+    out, error = capsys.readouterr()
+    assert (out, "converting" in error, "10/10 bytes" in error) == ("", True, True)
+    with progress_bar("converting", quiet=True) as update:
+        update(10, 10)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_as_a_module(make_hf, tmp_path):

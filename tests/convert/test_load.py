@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import warnings
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +96,8 @@ def test_only_what_the_devices_need_is_read(make_hf, monkeypatch):
         source, "read", lambda path, start, out: (read.append((start, out.size)), original(path, start, out))
     )
     monkeypatch.setattr("convert.chunks.chunk_shape.__defaults__", (16 * 32 * 2,))
-    block = load._read_box(source, ["embed.embedding"], (96, 32), (slice(48, 96), slice(0, 16)), np.dtype(np.float32))
+    box = (slice(48, 96), slice(0, 16))
+    block = load._read_box(source, ["embed.embedding"], (96, 32), box, np.dtype(np.float32), Counter())
     assert block.shape == (48, 16)
     assert read == [(48 * 32, 512), (64 * 32, 512), (80 * 32, 512)]
 
@@ -139,6 +142,49 @@ def test_save_refuses_the_tokenizer_of_a_larger_model(make_hf, tmp_path):
     with pytest.raises(ValueError, match="ids up to 96, but the embedding has 96 rows"):
         save_checkpoint(tmp_path / "saved", config, params, tokenizer_from=source)
     assert not (tmp_path / "saved").exists()
+
+
+def test_a_save_that_asks_for_a_tokenizer_gets_one(make_hf, tmp_path):
+    source = make_hf("dense")
+    config, params = load_checkpoint(source)
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="hf holds no tokenizer; expected tokenizer.json, or vocab.json and"):
+        save_checkpoint(tmp_path / "saved", config, params, tokenizer_from=source)
+    for nothing in (tmp_path / "nowhere", source / "config.json"):
+        with pytest.raises(ValueError, match="there is no folder|is a file"):
+            save_checkpoint(tmp_path / "saved", config, params, tokenizer_from=nothing)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_save_over_the_checkpoint_that_the_tokenizer_comes_from(make_hf, tmp_path):
+    config, params = load_checkpoint(make_hf("dense"))
+    save_checkpoint(tmp_path / "saved", config, params, tokenizer_from=tmp_path / "hf")
+    save_checkpoint(tmp_path / "saved", config, params, tokenizer_from=tmp_path / "saved", overwrite=True)
+    assert (tmp_path / "saved/tokenizer.json").read_bytes() == (tmp_path / "hf/tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match="part.partial is the source itself|part.partial holds the source"):
+        shutil.copytree(tmp_path / "hf", tmp_path / "part.partial")
+        save_checkpoint(tmp_path / "part", config, params, tokenizer_from=tmp_path / "part.partial")
+
+
+@pytest.mark.parametrize("meshed", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_numbers_too_large_for_a_dtype_are_counted(stacked, meshed, make_hf, tools):
+    tensors = tools.random_tensors(tools.configs["moe"], "float32")
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"][3, :2] = 70_000
+    tensors["model.norm.weight"][1:3] = np.inf
+    tensors["model.norm.weight"][5] = -1e30
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2) if meshed else None
+    source = make_hf("moe", tensors=tensors, dtype="float32")
+    message = (
+        r"3 weights are too large for float16, now infinite: 2 arrays \((layers_1.moe.experts.up: 2|norm.scale: 1)"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        _, params = load_checkpoint(source, dtype="float16", mesh=mesh, stacked=stacked)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert np.isinf(np.asarray(params["norm"]["scale"])).sum() == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_checkpoint(source, dtype="float32", mesh=mesh, stacked=stacked)
 
 
 def test_save_refuses_other_parameters(make_hf, tmp_path):

@@ -1,49 +1,25 @@
 """Memory stays within what the user allows, whatever the model's size."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 
-import ml_dtypes
-import numpy as np
 import pytest
 
-from convert.chunks import chunk_shape, chunks_of
-from convert.hugging_face import HuggingFaceSink
-from convert.names import arrays_of
+from benchmarks.checkpoints import write_random
 from qwen2_jax.sizes import SHAPE_1_5B, SHAPE_A2_7B
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 PEAK = (
-    "import sys; from convert.cli import main; status = main(sys.argv[1:]); "
-    "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]); sys.exit(status)"
+    "import sys; from benchmarks.machine import peak_memory; from convert.cli import main; "
+    "status = main(sys.argv[1:]); print(peak_memory()); sys.exit(status)"
 )
-
-
-def write_large(folder, config):
-    """A folder of random weights that was never in memory as a whole; returns its bytes."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**config.to_hf(), "torch_dtype": "bfloat16"}))
-    arrays = arrays_of(config)
-    sink = HuggingFaceSink(folder, arrays, dict.fromkeys(arrays, BFLOAT16), 10**9)
-    pool = np.random.default_rng(0).standard_normal(1 << 24, np.float32).astype(BFLOAT16)
-    total = 0
-    for path, array in arrays.items():
-        for chunk in chunks_of(array.shape, chunk_shape(array.shape, 2)):
-            size = chunk.stop - chunk.start
-            start = chunk.start % (pool.size - size)
-            sink.write(path, chunk, pool[start : start + size])
-            total += 2 * size
-    sink.finish()
-    return total
 
 
 def peak_bytes(*arguments):
     """Peak resident memory of one `qwen2-jax convert` process."""
     command = [sys.executable, "-c", PEAK, *map(str, arguments)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.splitlines()[-1]) * 1024
+    return int(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -53,7 +29,7 @@ def peak_bytes(*arguments):
     ids=["dense", "moe"],
 )
 def test_two_gigabytes_in_half_of_one(config, tmp_path, run):
-    total = write_large(tmp_path / "hf", config)
+    total = write_random(tmp_path / "hf", config, "bfloat16", shard_size=10**9)
     assert total >= 2e9
     limit = ["--max-host-memory", "512MB"]
     assert peak_bytes("from-hf", tmp_path / "hf", tmp_path / "ours", *limit) < 512e6

@@ -1,5 +1,6 @@
 """Our checkpoint folder: readable by Orbax, and no damage goes unnoticed."""
 
+import hashlib
 import json
 import subprocess
 
@@ -88,6 +89,10 @@ def test_truncated_chunk(ours):
         (lambda m: m.pop("arrays"), "list of files or arrays is missing"),
         (lambda m: m["files"].pop("config.json"), "list of files or arrays is missing"),
         (lambda m: m["files"].update({"../../etc/passwd": ""}), "names a file outside its folder"),
+        (lambda m: m["files"].update({"..": ""}), "names a file outside its folder: '..'"),
+        (lambda m: m["files"].update({"a\nb" * 1000: ""}), r"names a file outside its folder: 'a\nba\nb"),
+        (lambda m: m.update(version=True), "is of version True, this program reads 1"),
+        (lambda m: m["arrays"].clear(), "37 arrays missing (embed.embedding, "),
         (lambda m: m["arrays"].pop("norm.scale"), "1 arrays missing (norm.scale)"),
         (lambda m: m["arrays"].update(more={}), "1 unknown arrays ('more')"),
         (lambda m: m["arrays"]["norm.scale"].update(shape=[31]), "not as config.json has them (norm.scale)"),
@@ -106,6 +111,18 @@ def test_malformed_manifest(ours, change, message):
     with pytest.raises(ValueError) as caught:
         load_checkpoint(ours)
     assert message in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(("key", "count"), [("num_hidden_layers", 4000), ("num_experts", 16_000)])
+def test_counts_of_another_world(key, count, ours):
+    config, path = ours / "config.json", ours / "manifest.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), key: count}))
+    manifest = json.loads(path.read_text())
+    manifest["files"]["config.json"] = hashlib.sha256(config.read_bytes()).hexdigest()
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=f"{key} {count}.*they do not belong together"):
+        load_checkpoint(ours)
 
 
 def test_a_folder_without_its_manifest_is_no_checkpoint(ours):

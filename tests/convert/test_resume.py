@@ -78,7 +78,23 @@ def test_what_was_damaged_meanwhile_is_done_again(job, tmp_path, snapshot, monke
     assert snapshot(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("torn", [b'{"part": "norm', b"\0\0\0\0", b'{"part"}\n', b"[]\n"])
+TORN = [
+    b'{"part": "norm',
+    b"\0\0\0\0",
+    b'{"part"}\n',
+    b"[]\n",
+    b'{"part": "x"}\n',
+    b'{"part": ["x"], "receipt": {"sha256": ""}}\n',
+    b'{"part": "x", "receipt": null}\n',
+    b'{"part": "x", "receipt": {}}\n',
+    b'{"part": "x", "receipt": {"sha256": 3}}\n',
+    b'{"part": "x", "receipt": {"sha256": "", "nonfinite": "abc"}}\n',
+    b'{"part": "x", "receipt": {"sha256": "", "overflowed": {"x": "y"}}}\n',
+    b'{"aside": "../thesis"}\n',
+]
+
+
+@pytest.mark.parametrize("torn", TORN)
 def test_torn_receipts(torn, job, tmp_path, snapshot, monkeypatch):
     convert, sink, expected = job
     with monkeypatch.context() as patch:
@@ -87,7 +103,7 @@ def test_torn_receipts(torn, job, tmp_path, snapshot, monkeypatch):
             convert()
     receipts = tmp_path / "out.partial" / ".receipts.jsonl"
     lines = receipts.read_bytes().splitlines(keepends=True)
-    receipts.write_bytes(b"".join(lines[:20]) + torn)
+    receipts.write_bytes(b"".join([*lines[:20], torn, *lines[20:]]))
     report = convert()
     assert 0 < report.bytes_resumed < report.bytes
     assert snapshot(tmp_path / "out") == expected
@@ -169,15 +185,16 @@ def test_replaced_only_when_complete(make_hf, run, tmp_path, snapshot, monkeypat
 
 
 def test_a_crash_between_the_two_renames(make_hf, tmp_path, snapshot, monkeypatch):
-    """The old checkpoint is aside, the new one not yet in place: both exist, and the same command ends it."""
+    """The old checkpoint is aside, the new one not yet in place: both exist, and the next run puts the old one back."""
     convert_from_hf(make_hf("dense", name="old"), tmp_path / "out")
     before = snapshot(tmp_path / "out")
     source = make_hf("dense", seed=1)
     convert_from_hf(source, tmp_path / "whole")
-    original = os.rename
+    original, crashed = os.rename, []
 
     def rename(a, b):
-        if os.fspath(a).endswith(".partial"):
+        if os.fspath(a).endswith(".partial") or crashed:
+            crashed.append(a)  # and whatever is tried after it
             raise Crash
         original(a, b)
 
@@ -185,8 +202,12 @@ def test_a_crash_between_the_two_renames(make_hf, tmp_path, snapshot, monkeypatc
         patch.setattr(os, "rename", rename)
         with pytest.raises(Crash):
             convert_from_hf(source, tmp_path / "out", overwrite=True)
-    assert snapshot(tmp_path / ".out.replaced") == before
+    (aside,) = tmp_path.glob(".replaced-*")
+    assert snapshot(aside) == before
     assert snapshot(tmp_path / "out.partial") == snapshot(tmp_path / "whole")
+    with pytest.raises(ValueError, match="out exists already"):
+        convert_from_hf(source, tmp_path / "out")
+    assert snapshot(tmp_path / "out") == before
     report = convert_from_hf(source, tmp_path / "out", overwrite=True)
     assert report.bytes_resumed == report.bytes
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
@@ -230,16 +251,22 @@ def test_too_little_room_is_seen_at_once(make_hf, run, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_file_size_limit(make_hf, tmp_path):
+@pytest.mark.parametrize("limit", [200, 5_000, 100_000])
+@pytest.mark.parametrize("direction", ["from-hf", "to-hf"])
+def test_file_size_limit(direction, limit, make_hf, tmp_path):
+    """The system refuses to write more, wherever in a conversion that may be."""
     source = make_hf("dense", vocab_size=4096)
+    if direction == "to-hf":
+        convert_from_hf(source, tmp_path / "ours")
+        source = tmp_path / "ours"
     code = (
         "import resource, sys; from convert.cli import main; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main(sys.argv[1:]))"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "from-hf", source, tmp_path / "out"]
+    command = [sys.executable, "-c", code, direction, source, tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "is full (File too large)" in done.stderr
+    assert f"the disk of {tmp_path / 'out.partial'} is full (File too large)" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
@@ -284,5 +311,6 @@ def test_kill_9(kills, make_hf, tmp_path, snapshot):
         arguments = [["from-hf", source, out], ["to-hf", tmp_path / "ours", out, "--shard-size", "10MB"]][i % 2]
         killed += _killed_then_repeated([sys.executable, "-m", "convert", *arguments], out, draw)
         assert snapshot(out) == expected[i % 2]
-        assert json.loads((out / ".receipts.jsonl").read_bytes().splitlines()[-1]) == {"complete": True}
+        assert not (out / ".receipts.jsonl").exists()
+        assert json.loads((out / ".conversion.json").read_bytes()).keys() == {"task", "files"}
     assert killed > 0

@@ -37,7 +37,7 @@ def make_model(tools):
 
 def same_files(a, b):
     names = sorted(path.name for path in a.iterdir())
-    assert sorted(path.name for path in b.iterdir() if path.name != ".receipts.jsonl") == names
+    assert sorted(path.name for path in b.iterdir() if path.name != ".conversion.json") == names
     assert filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
 
 
@@ -83,7 +83,7 @@ def test_logits_of_a_saved_checkpoint(make_model, run, tmp_path):
 
     model = make_model("moe", torch.float32)
     model.save_pretrained(tmp_path / "hf")
-    save_checkpoint(tmp_path / "ours", *load_checkpoint(tmp_path / "hf", stacked=True), tokenizer_from=tmp_path / "hf")
+    save_checkpoint(tmp_path / "ours", *load_checkpoint(tmp_path / "hf", stacked=True))
     assert run("to-hf", tmp_path / "ours", tmp_path / "back")[0] == 0
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     tokens = torch.arange(12)[None]

@@ -72,12 +72,14 @@ def test_bits_or_tolerance(pair, run):
 def test_rounding_counts_as_equal_only_where_it_is_exact(make_hf, run, tmp_path, tools):
     first = make_hf("dense", dtype="float32")
     run("from-hf", first, tmp_path / "rounded", "--dtype", "bfloat16")
-    assert run("verify", first, tmp_path / "rounded")[0] == 0
+    status, out, _ = run("verify", first, tmp_path / "rounded")
+    assert (status, out.split(":")[0]) == (0, "equal after rounding to bfloat16")
     status, out, _ = run("verify", tmp_path / "rounded", first, "--logits", "--json")
     assert status == 0
     assert json.loads(out)["logits"]["max_abs_diff"] > 0
     assert run("verify", first, tmp_path / "rounded", "--tolerance", 1e-6)[0] == 2
-    assert run("verify", first, tmp_path / "rounded", "--tolerance", 0.1)[0] == 0
+    status, out, _ = run("verify", first, tmp_path / "rounded", "--tolerance", 0.1)
+    assert (status, out.split(":")[0]) == (0, "equal within 0.1")
     truncated = {
         name: t.astype("f4").view("u4") & 0xFFFF0000
         for name, t in tools.random_tensors(tools.configs["dense"], "float32").items()
@@ -92,8 +94,96 @@ def test_different_models(make_hf, run):
     status, _, error = run("verify", first, second)
     assert status == 2
     assert error.count("\n") == 1
-    for part in ("13 arrays only in the first", "num_hidden_layers: 2 and 1", "rope_theta: 10000.0 and 500000.0"):
-        assert part in error
+    assert "3 fields of config.json (" in error
+    for part in ("num_hidden_layers: 2 and 1", "rope_theta: 10000.0 and 500000.0", "embeddings: False and True"):
+        assert error.count(part) == 1
+    assert "only in" not in error  # it follows from config.json, which arrays there are
+    status, out, error = run("verify", first, second, "--logits")
+    assert (status, "logits were not compared: the configurations differ" in out) == (2, True)
+    report = json.loads(run("verify", first, second, "--json", "--logits")[1])
+    assert (len(report["only_in_a"]), report["logits"]) == (13, None)
+
+
+def strict_json(text):
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_nan_is_null_in_json_and_equal_to_itself(pair, run, make_hf):
+    def change(tensors):
+        tensors["model.norm.weight"][3] = np.nan
+        tensors["lm_head.weight"][5, :2] = np.inf
+
+    first, second = pair(change)
+    report = strict_json(run("verify", first, second, "--json", "--logits")[1])
+    difference = next(d for d in report["differences"] if d["tensor"] == "model.norm.weight")
+    assert difference["values"][1] is difference["max_abs_diff"] is report["logits"]["max_abs_diff"] is None
+    status, out, error = run("verify", second, second, "--json", "--logits")
+    assert (status, error, strict_json(out)["logits"]["max_abs_diff"]) == (0, "", 0)
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-1", "inf"])
+def test_tolerances_that_are_none(tolerance, make_hf, run):
+    folder = make_hf("dense")
+    status, _, error = run("verify", folder, folder, "--tolerance", tolerance)
+    assert (status, "--tolerance must be a number from 0 up" in error) == (2, True)
+
+
+def test_progress_is_in_bytes(make_hf, run, tmp_path):
+    """Of both: half the numbers' bytes are those of bfloat16, half those of float32."""
+    from convert.checkpoint import open_checkpoint
+    from convert.verify import compare
+
+    first = make_hf("dense", dtype="float32")
+    run("from-hf", first, tmp_path / "ours", "--dtype", "bfloat16")
+    seen = []
+    result = compare(open_checkpoint(first), open_checkpoint(tmp_path / "ours"), None, lambda *pair: seen.append(pair))
+    assert seen[-1] == (6 * result.numbers, 6 * result.numbers)
+
+
+def test_only_one_model_is_in_memory_at_a_time(make_hf, monkeypatch):
+    import gc
+    import weakref
+
+    from convert import load, verify
+    from convert.checkpoint import open_checkpoint
+
+    alive, load_open = [], load.load_open
+
+    def watched(source, dtype):
+        gc.collect()
+        assert not any(reference() is not None for reference in alive)
+        config, params = load_open(source, dtype)
+        alive.append(weakref.ref(params["embed"]["embedding"]))
+        return config, params
+
+    monkeypatch.setattr(load, "load_open", watched)
+    folder = make_hf("dense")
+    verify.logits_difference(open_checkpoint(folder), open_checkpoint(folder))
+    assert len(alive) == 2
+
+
+@pytest.mark.parametrize("logits", [[], ["--logits"]])
+def test_pickles_on_request(logits, make_hf, tools, run):
+    torch = pytest.importorskip("torch")
+    tensors = tools.random_tensors(tools.configs["dense"], "float32")
+    first = make_hf("dense", name="first", dtype="float32", tensors=tensors)
+    second = make_hf("dense", name="second", dtype="float32", tensors=tensors)
+    (second / "model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, second / "pytorch_model.bin")
+    assert run("verify", first, second, *logits)[0] == 2
+    assert run("verify", first, second, "--allow-pickle", *logits)[0] == 0
+
+
+def test_appended_bytes_are_damage(make_hf, run, tmp_path):
+    first = make_hf("dense")
+    run("from-hf", first, tmp_path / "ours")
+    path = tmp_path / "ours/params/norm.scale/c/0"
+    path.write_bytes(path.read_bytes() + b"more")
+    status, _, error = run("verify", first, tmp_path / "ours")
+    assert (status, f"{path} is damaged: it has 68 bytes, expected 64" in error) == (2, True)
 
 
 def test_damage_is_not_a_difference(make_hf, run, tmp_path):
