@@ -1,0 +1,82 @@
+"""Several ways to run one model beyond its trained length, side by side."""
+
+import dataclasses
+from typing import Annotated, Literal
+
+import tyro
+
+from qwen2_jax.config import Qwen2Config
+from qwen2_jax.long_context import MODES, READERS, LongContext, option
+
+CHECKPOINT = "checkpoint"
+"""The mode that config.json asks for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Modes:
+    """Which ways to compare. An option applies to those modes of the list that know it."""
+
+    mode: Annotated[str, tyro.conf.arg(metavar="MODE,...")] = CHECKPOINT
+    """One or more of plain, yarn, dca, dca-temperature, dca-yarn, and checkpoint (what config.json says)."""
+    trained_length: Annotated[int | None, option("N", "the checkpoint's, at most 32,768")] = None
+    """Tokens of the longest inputs trained on."""
+    yarn_factor: Annotated[float | Literal["auto"] | None, option("{X,auto}", "the checkpoint's, else auto")] = None
+    """Of YaRN; auto takes for each length the smallest of 1, 2, 4, ... 32 that reaches it."""
+    chunk_size: Annotated[int | None, option("N", "the checkpoint's, else the trained length")] = None
+    """Of Dual Chunk Attention, the largest distance that RoPE gets to see."""
+    local_size: Annotated[int | None, option("N", "the checkpoint's, else a 32nd of the chunk size")] = None
+    """Of Dual Chunk Attention, the distance that stays exact across chunks."""
+    temperature_of: Annotated[Literal["query", "prompt"] | None, option("{query,prompt}", "query")] = None
+    """What mode dca-temperature's temperature follows: each query's own place, or the whole prompt's length."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modes in order, each once.
+
+        Raises:
+          ValueError: for one that does not exist.
+        """
+        names = tuple(dict.fromkeys(name.strip() for name in self.mode.split(",")))
+        if unknown := [name for name in names if name not in (CHECKPOINT, *MODES)]:
+            raise ValueError(
+                f"there is no mode {unknown[0]!r}; the modes are {', '.join((CHECKPOINT, *MODES))}; write several with "
+                "commas between them"
+            )
+        return names
+
+    def long_contexts(self) -> dict[str, LongContext]:
+        """By mode, with the options that the mode knows.
+
+        Raises:
+          ValueError: for a mode that does not exist, or an option that none of the modes knows.
+        """
+        options: dict[str, dict] = {name: {} for name in self.names}
+        for name in (field.name for field in dataclasses.fields(self) if field.name != "mode"):
+            if (value := getattr(self, name)) is None:
+                continue
+            readers = [mode for mode in options if mode in READERS[name]]
+            if not readers:
+                raise ValueError(
+                    f"mode {', '.join(options)} does not read {name}; mode {' or '.join(READERS[name])} does"
+                )
+            for mode in readers:
+                options[mode][name] = value
+        return {
+            name: LongContext(mode=next((mode for mode in MODES if mode == name), None), **values)
+            for name, values in options.items()
+        }
+
+    def trained(self, config: Qwen2Config) -> int:
+        """Tokens of the longest inputs that the model was trained on, as far as the options and config.json tell."""
+        return LongContext(trained_length=self.trained_length).trained(config)
+
+
+def reaching(config: Qwen2Config, long_context: LongContext, length: int) -> Qwen2Config:
+    """The configuration for inputs of `length` tokens, even if the model declares fewer positions: how it does beyond
+    them is what an evaluation is to find out.
+
+    Raises:
+      ValueError: as `LongContext.configure`.
+    """
+    configured = long_context.configure(config, length)
+    return dataclasses.replace(configured, max_position_embeddings=max(config.max_position_embeddings, length))

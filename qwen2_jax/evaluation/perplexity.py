@@ -1,0 +1,147 @@
+"""Loss by position: whether a model still gains from context, or breaks, beyond the length it was trained on."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qwen2_jax.cache import empty_cache
+from qwen2_jax.config import Qwen2Config
+from qwen2_jax.model import Params, forward
+
+PIECE = 256
+"""Positions computed at once, unless told otherwise: their logits take 160 MB with Qwen2's vocabulary."""
+
+
+def loss_by_position(
+    config: Qwen2Config,
+    params: Params,
+    tokens: Any,
+    *,
+    piece: int = PIECE,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> np.ndarray:
+    """The next-token cross entropy at every position, in nats.
+
+    Tokens are fed in pieces with a cache, as a long prompt is, so that memory holds neither [T, V] logits nor the
+    activations of T tokens. The softmax is float32.
+
+    Args:
+      config: the model.
+      params: its parameters, per layer or stacked.
+      tokens: [B, T] integer ids.
+      piece: positions computed at once; changes nothing but time and memory.
+      dtype: of activations and cache; the embedding's by default.
+
+    Returns:
+      [B, T - 1] float32; entry t is the loss of predicting token t + 1 from tokens 0 to t.
+
+    Raises:
+      ValueError: for tokens of another shape or kind, fewer than two of them or more than the model has positions, ids
+        outside the vocabulary, or an empty piece.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or min(tokens.shape) < 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"tokens must be integers of shape [batch, length], got {tokens.dtype} of shape {tokens.shape}"
+        )
+    length = tokens.shape[1]
+    if length < 2:
+        raise ValueError("a single token has no next one to predict; give at least 2")
+    if config.max_length is not None and length > config.max_length:
+        raise ValueError(
+            f"{length} tokens are more than the model's {config.max_length} positions; shorten them, or see "
+            "`qwen2_jax.evaluation.modes.reaching`"
+        )
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
+    if piece < 1:
+        raise ValueError(f"a piece must have at least 1 position, got {piece}")
+    piece = min(piece, length)
+    padded = np.pad(tokens.astype(np.int32), ((0, 0), (0, -length % piece)))
+    dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
+    losses = _losses(params, padded, jnp.asarray(length, jnp.int32), config=config, piece=piece, dtype=dtype)
+    return np.asarray(losses)[:, : length - 1]
+
+
+def cut_windows(ids: Sequence[int], length: int, count: int) -> np.ndarray:
+    """[count, length] int32: windows that do not overlap, spread evenly over the text.
+
+    Raises:
+      ValueError: if the text is too short for them, or the numbers are less than 1.
+    """
+    if length < 2 or count < 1:
+        raise ValueError(f"expected at least 1 window of at least 2 tokens, got {count} of {length}")
+    if len(ids) < length * count:
+        raise ValueError(
+            f"the text has {len(ids)} tokens, {count} windows of {length} need {length * count}; give more text, or "
+            "ask for fewer or shorter windows"
+        )
+    starts = [len(ids) * index // count for index in range(count)]
+    return np.asarray([ids[start : start + length] for start in starts], np.int32)
+
+
+def bucket_means(losses: np.ndarray, size: int) -> np.ndarray:
+    """[B, buckets] float64: means of losses [B, T - 1] over runs of `size` positions; the last run may be shorter."""
+    starts = np.arange(0, losses.shape[1], size)
+    sums = np.add.reduceat(losses.astype(np.float64), starts, axis=1)
+    return sums / np.diff(np.append(starts, losses.shape[1]))
+
+
+def loss_table(means: Mapping[str, np.ndarray], size: int, positions: int) -> list[dict[str, Any]]:
+    """Loss and perplexity of each mode and bucket.
+
+    Args:
+      means: by mode, what `bucket_means` gave for all windows, [windows, buckets].
+      size: of a bucket.
+      positions: T - 1.
+
+    Returns:
+      For each mode and bucket "mode", "first" and "last" (how many tokens the model has read at the bucket's first and
+      last position), "loss", its standard error over windows ("loss_error", None of one window), "perplexity".
+    """
+    rows = []
+    for mode, of_windows in means.items():
+        count = len(of_windows)
+        for bucket, losses in enumerate(np.asarray(of_windows, np.float64).T):
+            loss = float(losses.mean())
+            rows.append(
+                {
+                    "mode": mode,
+                    "first": bucket * size + 1,
+                    "last": min((bucket + 1) * size, positions),
+                    "loss": loss,
+                    "loss_error": float(losses.std(ddof=1)) / math.sqrt(count) if count > 1 else None,
+                    "perplexity": math.exp(min(loss, 700.0)),  # beyond, floats end
+                }
+            )
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames=("config", "piece", "dtype"))
+def _losses(
+    params: Params, tokens: jax.Array, length: jax.Array, *, config: Qwen2Config, piece: int, dtype: Any
+) -> jax.Array:
+    """[B, W] float32 losses of tokens [B, W], W a multiple of `piece`, of which the first `length` are real."""
+    rows, width = tokens.shape
+    real = jnp.broadcast_to((jnp.arange(width, dtype=jnp.int32) < length)[None], tokens.shape)
+    targets = jnp.roll(tokens, -1, axis=1)
+
+    def step(cache, inputs):
+        tokens, real, targets = inputs
+        lengths = jnp.broadcast_to(length, tokens.shape)
+        segments = real.astype(jnp.int32)
+        out = forward(config, params, tokens, dtype, segment_ids=segments, cache=cache, logits="all", lengths=lengths)
+        assert out.cache is not None and out.logits is not None
+        chosen = jnp.take_along_axis(out.logits, targets[..., None], axis=-1)[..., 0]
+        return out.cache, jax.nn.logsumexp(out.logits, axis=-1) - chosen
+
+    pieces = tuple(x.reshape(rows, -1, piece).swapaxes(0, 1) for x in (tokens, real, targets))
+    _, losses = lax.scan(step, empty_cache(config, rows, width, dtype, stacked="layers" in params), pieces)
+    return losses.swapaxes(0, 1).reshape(rows, width)
