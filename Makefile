@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 NONE_SELECTED = [ $$? -eq 5 ]# pytest's exit status when a selection holds no test
 
-.PHONY: demo test test-fast test-slow test-full test-latest lint types format benchmark
+.PHONY: demo test test-fast test-slow test-full test-latest lint types format benchmark help
 
 demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
@@ -47,6 +47,16 @@ format: $(VENV)/ready
 
 benchmark: $(VENV)/ready
 	@$(BIN)/python -m benchmarks
+
+help:
+	@echo "make demo         PyTorch writes two small models, JAX reads them, and both answer the same"
+	@echo "make test         lint, types, and the tests that take seconds"
+	@echo "make test-full    the slow tests too"
+	@echo "make test-latest  the tests that need no PyTorch, with the newest JAX, if there is a Python 3.12"
+	@echo "make lint, types  parts of make test"
+	@echo "make format       lays out the code"
+	@echo "make benchmark    speed and memory beside PyTorch"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) WORKERS=$(WORKERS) (test processes)"
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("qwen2-jax needs Python 3.11 or newer, $(PYTHON) is %d.%d; name another one: \

@@ -136,7 +136,7 @@ def main() -> int:
     if failures:
         console.print(f"[red]The two frameworks disagree on {' and '.join(failures)}.")
         return 1
-    console.print(f"\nYour turn: .venv/bin/qwen2-jax chat --model {ours}")
+    console.print(f"\nYour turn: .venv/bin/qwen2-jax chat --model {ours} --max-new-tokens 32", soft_wrap=True)
     return 0
 
 

@@ -6,17 +6,24 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from qwen2_jax.command import exit_code
+from qwen2_jax.command import end_process, exit_code, interrupt_by_exception, prepare_process
 
 JOBS = {
     "generate": ("qwen2_jax.commands.generate", "continue prompts"),
     "chat": ("qwen2_jax.commands.chat", "talk to an Instruct model in the terminal"),
     "convert": ("convert.cli", "bring checkpoints from and to Hugging Face, and compare them"),
+    "evaluate": ("qwen2_jax.commands.evaluate", "find facts in long prompts; measure loss by position"),
 }
+PUT_AWAY = ("convert", "evaluate")
+"""Jobs that have something to put away when they are interrupted; the others end on the spot."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return exit_code(lambda: _dispatch(sys.argv[1:] if argv is None else argv))
+    """Runs a command line and returns its exit status; without one, the process's, and ends the process with it."""
+    if argv is not None:
+        return exit_code(lambda: _dispatch(argv))
+    prepare_process()
+    end_process(exit_code(lambda: _dispatch(sys.argv[1:])))
 
 
 def _dispatch(argv: Sequence[str]) -> int:
@@ -25,12 +32,22 @@ def _dispatch(argv: Sequence[str]) -> int:
         print(_help())
         return 0
     if job == "--version":
-        print(f"qwen2-jax {importlib.metadata.version('qwen2-jax')}")
+        print(f"qwen2-jax {_version()}")
         return 0
     if job not in JOBS:
         near = difflib.get_close_matches(job, JOBS) or JOBS
         raise ValueError(f"there is no job {job!r}; did you mean {' or '.join(near)}? (qwen2-jax --help)")
-    return importlib.import_module(JOBS[job][0]).main(rest)
+    module = importlib.import_module(JOBS[job][0])
+    if job in PUT_AWAY:
+        interrupt_by_exception()
+    return module.main(rest)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("qwen2-jax")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError("a checkout that is not installed has no version; `pip install .` installs it") from None
 
 
 def _help() -> str:

@@ -2,12 +2,20 @@
 
 import contextlib
 import io
+import opcode
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
+
+INTERRUPTED = 128 + signal.SIGINT
+_READER_GONE = 128 + signal.SIGPIPE
+
+_PACKAGES = ("qwen2_jax", "sharding", "convert", "train", "benchmarks")
+_HEAD, _TAIL = 900, 300  # characters of a message that is too long; its end often says what to do
 
 
 def exit_code(run: Callable[[], int | None]) -> int:
@@ -16,19 +24,53 @@ def exit_code(run: Callable[[], int | None]) -> int:
         code = run() or 0
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # The reader (`| head`) has seen enough. Python's last flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + 13
-    except (ValueError, OSError) as error:
-        print(f"qwen2-jax: error: {_one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 128 + 2
-    except Exception:
-        traceback.print_exc()
-        return 1
+        _say("\n")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader (`| head`) has seen enough
+        return _READER_GONE
+    except Exception as error:
+        line = _complaint(error)
+        _say(traceback.format_exc() if line is None else f"qwen2-jax: error: {_one_line(line)}\n")
+        return 1 if line is None else 2
+    finally:
+        _settle(sys.stdout)
+        _settle(sys.stderr)
+
+
+def prepare_process() -> None:
+    """Gives a process that is a command what it may lack: standard streams, and a way to write any character."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by the caller (`>&-`): the next file opened would take its place, and our output
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def end_process(code: int) -> NoReturn:
+    """Ends the process with what `exit_code` returned, an interrupted one by the signal: a shell's loop then ends too.
+
+    Not by Python's own way out: after an interrupt (one that stopped an answer counts) XLA crashes in it.
+    """
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code)
+
+
+def interrupt_by_exception() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, for a job that goes on or has something to put away.
+
+    Until then it ends the process on the spot; see `qwen2_jax/__main__.py`.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parse(options: Any, argv: Sequence[str], prog: str) -> Any:
@@ -65,8 +107,52 @@ def _unboxed(text: str) -> str:
     return "; ".join(complaints)
 
 
-def _one_line(error: Exception) -> str:
+def _complaint(error: Exception) -> str | None:
+    """What to tell the user about an error that is theirs to mend; None for a bug of ours."""
     text = str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    return " ".join(text.split()) or type(error).__name__
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.strerror and error.filename is not None else text
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in text):
+        return f"out of memory: {text or type(error).__name__}; ask for fewer tokens or run a smaller batch"
+    if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
+        return f"{text}; mend or unset JAX_PLATFORMS"
+    if isinstance(error, ValueError) and _raised_by_us(error):
+        return text or type(error).__name__
+    return None
+
+
+def _raised_by_us(error: Exception) -> bool:
+    """Whether a `raise` of this project made the error.
+
+    Everybody's mistakes are ValueErrors: a wrong shape inside NumPy or JAX too, and that is a bug of ours. What tells
+    them apart is the innermost frame: for the user's it is one of ours, and stands at a `raise`. The frame alone does
+    not tell, since C functions have none and JAX hides its own.
+    """
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    package = (place.tb_frame.f_globals.get("__package__") or "").partition(".")[0]
+    return package in _PACKAGES and place.tb_frame.f_code.co_code[place.tb_lasti] == opcode.opmap["RAISE_VARARGS"]
+
+
+def _one_line(text: str) -> str:
+    """Safe for a terminal: names and values in it may come from files of somebody else."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    return line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} ... {line[-_TAIL:]}"
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _settle(stream: Any) -> None:
+    """Writes out what a stream still holds; if that fails, Python's last flush must not complain once more."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

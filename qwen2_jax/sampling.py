@@ -7,13 +7,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qwen2_jax.json_object import brief
+
+# The program computes with them in float32, and XLA takes numbers below the normal ones for 0.
+_TINY, _HUGE = 1.2e-38, 3.4e38
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How to choose tokens; checked when built.
 
     Raises:
-      ValueError: for a value outside its range; every one is named.
+      ValueError: for a value outside its range, NaN included; every one is named.
     """
 
     temperature: float = 0.0
@@ -32,7 +37,11 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
         }
-        bad = [f"{name} must be {want}, got {getattr(self, name)}" for name, (ok, want) in rules.items() if not ok]
+        got = {name: brief(getattr(self, name)) for name in rules}
+        bad = [f"{name} must be {want}, got {got[name]}" for name, (good, want) in rules.items() if not good]
+        numbers = (self.temperature, self.top_p, self.repetition_penalty)
+        if not bad and (outside := [number for number in numbers if number and not _TINY <= number <= _HUGE]):
+            bad = [f"sampling is computed in float32, with numbers from {_TINY} to {_HUGE}, got {brief(outside[0])}"]
         if bad:
             raise ValueError("; ".join(bad))
 
@@ -79,7 +88,8 @@ def next_token(logits: jax.Array, key: jax.Array, seen: jax.Array | None, steps:
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     if steps.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / values.temperature
+    # Below the largest: a temperature near 0 then makes 0 of it and -inf of the rest, and never inf - inf.
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / values.temperature
 
     # With top-k only k candidates are left, sorted; everything after runs on k numbers instead of V.
     ids = None

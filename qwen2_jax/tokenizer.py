@@ -9,12 +9,14 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from qwen2_jax import chat_template
-from qwen2_jax.json_object import read_json_object
+from qwen2_jax.json_object import brief, read_json_object
 
 # The pieces that BPE never crosses, in order of precedence; every digit is a piece of its own. Part of the format.
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Letters, digits, white space, and characters of two, three and four bytes. Comes back from any byte-level tokenizer.
+_PROBE = "Hi 12\r\n é 世 👍"
 _CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -35,24 +37,35 @@ class Tokenizer:
           backend: the byte-level BPE.
           settings: what tokenizer_config.json says.
           template: of chats, in Jinja.
+
+        Raises:
+          ValueError: if the settings name a token by something that is no text.
         """
         self.backend = backend
         self.template = template
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        self._named_tokens = {name: _content(settings[name]) for name in names if settings.get(name)}
+        self._named_tokens = {name: _content(name, settings[name]) for name in names if settings.get(name)}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         """Reads tokenizer.json, or vocab.json with merges.txt, and tokenizer_config.json if there is one.
 
         Raises:
-          FileNotFoundError: if the folder holds no tokenizer.
-          ValueError: if one of its files is damaged, or they contradict each other.
+          OSError: if the folder holds no tokenizer, or a file cannot be read.
+          ValueError: if one of its files is damaged, they contradict each other, or the tokenizer is not byte-level.
         """
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
         settings = read_json_object(path) if path.exists() else {}
-        return cls(_backend(folder, settings), settings, _template(folder, settings))
+        backend, source = _backend(folder)
+        own_template = _template_file(folder)
+        try:
+            _add_control_tokens(backend, source, settings.get("added_tokens_decoder") or {})
+            tokenizer = cls(backend, settings, _template(settings) if own_template is None else own_template)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        tokenizer._check(source)
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:
@@ -71,7 +84,10 @@ class Tokenizer:
         Raises:
           ValueError: if the text is not Unicode (it holds half of a surrogate pair).
         """
-        text.encode()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text is not Unicode, so it has no tokens: {error}") from error
         self.backend.encode_special_tokens = not control_tokens
         return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -90,6 +106,16 @@ class Tokenizer:
         """
         variables = {**self._named_tokens, "tools": None, "documents": None, **variables}
         return chat_template.render(self.template, messages, add_generation_prompt=add_generation_prompt, **variables)
+
+    def _check(self, source: Path) -> None:
+        """Raises ValueError unless text comes back from its tokens, as it does from every Qwen2 tokenizer."""
+        problem = f"{source} is not a byte-level BPE tokenizer, which Qwen2 models need"
+        try:
+            again = self.decode(self.encode(_PROBE))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{problem}: {error}") from error
+        if again != _PROBE:
+            raise ValueError(f"{problem}: {_PROBE!r} comes back as {brief(again)}")
 
 
 class StreamDecoder:
@@ -113,7 +139,13 @@ class StreamDecoder:
     def _bytes(self, id: int) -> bytes:
         if id in self._added:
             return self._added[id]
-        return bytes(_BYTE_OF_CHARACTER[character] for character in self._token(id) or "")
+        token = self._token(id) or ""
+        try:
+            return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        except KeyError:
+            raise ValueError(
+                f"token {id}, {brief(token)}, is not spelled in bytes; is the tokenizer Qwen2's?"
+            ) from None
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -126,7 +158,8 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def _backend(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _backend(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
+    """The tokenizer of a folder, and the file that it comes from."""
     whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     source = whole if whole.exists() else vocab
     if not source.exists() or (source is vocab and not merges.exists()):
@@ -146,37 +179,66 @@ def _backend(folder: Path, settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
             backend.decoder = decoders.ByteLevel()
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{source} cannot be read as a tokenizer: {error}") from error
+    # What a training run left in the file is not the model's: it would cut prompts, or fill them up.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, source
 
-    listed = settings.get("added_tokens_decoder", {})
-    if source is vocab and not listed:
+
+def _add_control_tokens(backend: tokenizers.Tokenizer, source: Path, listed: Any) -> None:
+    """Adds the tokens of `added_tokens_decoder`, id to description; without any, vocab.json still has Qwen2's three."""
+    if source.name == "vocab.json" and not listed:
         first = backend.get_vocab_size()
         listed = {first + i: {"content": token, "special": True} for i, token in enumerate(_CONTROL_TOKENS)}
-    for id, token in sorted((int(id), token) for id, token in listed.items()):
-        if backend.token_to_id(token["content"]) != id:
-            backend.add_tokens([tokenizers.AddedToken(**{"normalized": False, **token})])
-        if (actual := backend.token_to_id(token["content"])) != id:
-            raise ValueError(
-                f"tokenizer_config.json gives {token['content']!r} the id {id}, {source.name} gives it {actual}"
-            )
-    return backend
+    if not isinstance(listed, dict):
+        raise ValueError(f"added_tokens_decoder must be an object, ids to tokens, got {brief(listed)}")
+    tokens: dict[int, Any] = {}
+    for key, token in listed.items():
+        id = int(key) if len(str(key)) < 10 and str(key).isdecimal() else -1
+        if id < 0 or not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise ValueError(f"added_tokens_decoder must give ids tokens with a content, got {brief({key: token})}")
+        if id in tokens:
+            raise ValueError(f"added_tokens_decoder gives the id {id} twice")
+        tokens[id] = token
+    for id, token in sorted(tokens.items()):
+        content = token["content"]
+        if backend.token_to_id(content) != id:
+            try:
+                backend.add_tokens([tokenizers.AddedToken(**{"normalized": False, **token})])
+            except Exception as error:
+                raise ValueError(f"added_tokens_decoder has a token that cannot be read, {brief(token)}") from error
+        if (actual := backend.token_to_id(content)) != id:
+            raise ValueError(f"it gives {brief(content)} the id {id}, {source.name} gives it {actual}")
 
 
-def _template(folder: Path, settings: Mapping[str, Any]) -> str:
-    """The chat template, from where transformers looks for it: its own file, then tokenizer_config.json."""
-    if (file := folder / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8")
+def _template_file(folder: Path) -> str | None:
+    """A chat template of its own file, which transformers prefers to the one of tokenizer_config.json."""
+    file = folder / "chat_template.jinja"
+    try:
+        return file.read_text(encoding="utf-8") if file.exists() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
+
+
+def _template(settings: Mapping[str, Any]) -> str:
     template = settings.get("chat_template") or chat_template.CHATML
-    if isinstance(template, str):
-        return template
-    named = {entry["name"]: entry["template"] for entry in template}
-    if "default" not in named:
-        raise ValueError(f"tokenizer_config.json has chat templates named {', '.join(named)}, and no 'default'")
-    return named["default"]
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict) and isinstance(entry.get("name"), str)]
+        named = {entry["name"]: entry.get("template") for entry in entries}
+        if "default" not in named:
+            raise ValueError(f"chat_template has no template named 'default', only {brief(list(named))}")
+        template = named["default"]
+    if not isinstance(template, str):
+        raise ValueError(f"chat_template must be text, or a list of named texts, got {brief(template)}")
+    return template
 
 
 def _added_tokens(backend: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:
     return backend.get_added_tokens_decoder()
 
 
-def _content(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
+def _content(name: str, token: Any) -> str:
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str):
+        raise ValueError(f"{name} must be text, or an object with a content, got {brief(token)}")
+    return content

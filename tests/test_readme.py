@@ -1,24 +1,41 @@
 """What the README says about this repository is true of it."""
 
 import dataclasses
+import io
+import itertools
 import math
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
+from convert import save_checkpoint
 from convert.cli import Job
-from qwen2_jax.cli import JOBS
+from qwen2_jax import sizes
+from qwen2_jax.cli import JOBS, main
 from qwen2_jax.command import parse
-from qwen2_jax.commands import chat, generate
+from qwen2_jax.commands import chat, evaluate, generate
 from qwen2_jax.config import Qwen2Config
-from qwen2_jax.model import abstract_params
+from qwen2_jax.model import abstract_params, init_params
 from qwen2_jax.sizes import PUBLISHED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TINY = Qwen2Config(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=208,
+)
 PACKAGES = ("qwen2_jax", "sharding", "convert", "train")
 
 
@@ -73,14 +90,63 @@ def test_links_lead_somewhere():
     assert links and all((ROOT / link).exists() for link in links)
 
 
+def commands() -> dict[str, str]:
+    """Every line of the README that runs the command: its arguments, and what is piped into it ("" if nothing is)."""
+    lines = itertools.chain.from_iterable(
+        block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    )
+    return {line[2]: line[1] for text in lines if (line := re.match(r"(?:(printf .+) \| )?qwen2-jax (.+)", text))}
+
+
 def test_commands_parse():
     """Every `qwen2-jax` line of the README is one that the command understands."""
-    options = {"convert": Job, "generate": generate.Options, "chat": chat.Options}
-    lines = re.findall(r"^qwen2-jax (.+)$", README, re.MULTILINE)
-    assert lines
-    for line in lines:
+    options = {"convert": Job, "generate": generate.Options, "chat": chat.Options, "evaluate": evaluate.Job}
+    assert commands()
+    for line in commands():
         job, *argv = shlex.split(line, comments=True)
         try:
             parse(options[job], argv, prog=job)
         except ValueError as error:
             pytest.fail(f"{line}: {error}")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder where every model that the README names is the same tiny one."""
+    folder = tmp_path_factory.mktemp("readme")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    (folder / "tokenizer").mkdir()
+    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
+
+    native = folder / "build" / "demo" / "jax" / "qwen2"
+    native.parent.mkdir(parents=True)
+    save_checkpoint(native, TINY, init_params(TINY, jax.random.key(0)), tokenizer_from=folder / "tokenizer")
+    (folder / "Qwen").mkdir()
+    assert main(["convert", "to-hf", str(native), str(folder / "Qwen" / "Qwen2-0.5B")]) == 0
+    (folder / "Qwen" / "Qwen2-0.5B-Instruct").symlink_to("Qwen2-0.5B")
+    return folder
+
+
+@pytest.fixture
+def at_work(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+
+
+def test_commands_run(at_work, monkeypatch, capsys):
+    for line, source in commands().items():
+        job, *argv = shlex.split(line, comments=True)
+        if job == "evaluate":
+            continue  # its lengths are for real models; tests/qwen2_jax/evaluation runs it
+        typed = subprocess.run(["sh", "-c", source], capture_output=True).stdout if source else b"hello\n"
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        capsys.readouterr()
+        assert main([job, *argv]) == 0, f"{line}: {capsys.readouterr().err}"
+        assert capsys.readouterr().out.strip(), line
+
+
+@pytest.mark.parametrize("program", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_programs_run(program, at_work, monkeypatch):
+    monkeypatch.setattr(sizes, "published", lambda name: TINY)
+    exec(compile(program, "<README.md>", "exec"), {"__name__": "readme"})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from qwen2_jax.command import parse
+from qwen2_jax.command import interrupt_by_exception, parse
 from qwen2_jax.commands.session import Session, SessionOptions
 
 HELP = """\
@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> int:
         import readline  # noqa: F401  (gives `input` its line editing and history)
 
         print("/help lists the commands.", file=sys.stderr)
+        interrupt_by_exception()  # Ctrl-C stops an answer; lines from a pipe have nobody who would want only that
     opening = [] if options.system is None else [{"role": "system", "content": options.system}]
-    chat = Chat(session, opening)
+    chat = Chat(session, opening, interactive=interactive)
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -46,15 +47,26 @@ def main(argv: Sequence[str]) -> int:
                 chat.hear(line)
         except EOFError:
             return 0
-        except KeyboardInterrupt:  # with no answer to stop
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input is not UTF-8: {error}") from error
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
             print("\n(/exit leaves)", file=sys.stderr)
 
 
 class Chat:
     """A conversation that grows by a message and its answer at a time."""
 
-    def __init__(self, session: Session, opening: Sequence[dict[str, str]] = ()):
+    def __init__(self, session: Session, opening: Sequence[dict[str, str]] = (), *, interactive: bool = True):
+        """
+        Args:
+          session: the model.
+          opening: messages that every conversation starts with.
+          interactive: whether somebody is there who can try again after a mistake; else it is raised.
+        """
         self.session = session
+        self.interactive = interactive
         self.opening = list(opening)
         self.messages = list(opening)
 
@@ -73,14 +85,28 @@ class Chat:
         heard = [*self.messages, {"role": "user", "content": message}]
         pieces: list[str] = []
         try:
-            prompt = self.session.tokenizer.encode(self.session.tokenizer.apply_chat_template(heard))
+            prompt = self.session.encode(self.session.tokenizer.apply_chat_template(heard))
+            self._check_room(prompt)
             for piece in self.session.stream(prompt):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
-        except ValueError as error:  # most likely the model's positions are used up: the conversation so far is kept
-            print(f"{error}; /reset starts over", file=sys.stderr)
+        except ValueError as error:
+            if not self.interactive:
+                raise
+            print(error, file=sys.stderr)  # the conversation so far is kept
             return
         except KeyboardInterrupt:
+            if not self.interactive:
+                raise
             print(" [stopped]", end="", file=sys.stderr)
         print(flush=True)
         self.messages = [*heard, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _check_room(self, prompt: Sequence[int]) -> None:
+        most = self.session.config_for(prompt).max_length
+        room = self.session.room(prompt)
+        if most is not None and len(prompt) + room > most:
+            raise ValueError(
+                f"the conversation fills the model's {most} positions ({len(prompt)} tokens, and {room} for the "
+                "answer); /reset starts over"
+            )

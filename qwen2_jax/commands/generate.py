@@ -1,7 +1,9 @@
 """`qwen2-jax generate`: continues prompts from the command line, a file or standard input."""
 
 import dataclasses
+import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,10 +28,10 @@ class Options:
     prompt_file: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
     """Text to continue, less a newline at its end."""
     lines: bool = False
-    """Each line of the file or of standard input is a prompt."""
+    """Each line of the file or of standard input is a prompt. A blank line is refused, so that answers stay in step."""
     chat: bool = False
     """Each prompt is a user's message: put it into the checkpoint's chat template."""
-    batch_size: int = 8
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """Prompts that run at once."""
     json: bool = False
     """Print one JSON object: token ids, texts, seconds and tokens per second."""
@@ -43,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     session = Session(options.session)
     if options.chat:
         texts = [session.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
-    prompts = [session.tokenizer.encode(text) for text in texts]
+    prompts = [session.encode(text) for text in texts]
     session.check(prompts)
 
     if options.json:
@@ -64,13 +66,20 @@ def _prompts(options: Options) -> list[str]:
             raise ValueError("--prompt is the whole prompt: it does not go with --prompt-file or --lines")
         prompts = list(options.prompt)
     else:
+        if not options.prompt_file and sys.stdin.isatty():
+            print("reading the prompt from standard input; Ctrl-D ends it", file=sys.stderr)
         source = options.prompt_file or "standard input"
+        content = options.prompt_file.read_bytes() if options.prompt_file else sys.stdin.buffer.read()
         try:
-            text = options.prompt_file.read_bytes() if options.prompt_file else sys.stdin.buffer.read()
-            prompt = text.decode().removesuffix("\n")
+            text = re.sub(r"\r?\n\Z", "", content.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not UTF-8: {error}") from error
-        prompts = prompt.split("\n") if options.lines else [prompt]
+        if options.lines and text:
+            prompts = re.split(r"\r?\n", text)
+            if blank := [str(number) for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+                raise ValueError(f"{source}: blank where a prompt should be, line {', '.join(blank)}; remove it")
+        else:
+            prompts = [text]
     if empty := [str(number) for number, prompt in enumerate(prompts, start=1) if not prompt]:
         which = f"prompt {', '.join(empty)} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
         raise ValueError(f"{which} is empty; a model continues at least one token")
@@ -88,15 +97,22 @@ class _Answer:
 def _answers(
     session: Session, prompts: Sequence[Sequence[int]], batch_size: int, stopwatch: Stopwatch
 ) -> Iterator[_Answer]:
-    for number, first in enumerate(range(0, len(prompts), batch_size)):
+    for number, batch in enumerate(_batches(session, prompts, batch_size)):
         with stopwatch.phase("prefill"):
-            run = session.start(prompts[first : first + batch_size], seed=number)
+            run = session.start(batch, seed=number)
             start = run.advance(1)
         with stopwatch.phase("decode"):
             rest = run.advance()
-        for row in zip(start.tolist(), rest.tolist(), strict=True):
-            ids, ended = session.until_end([*row[0], *row[1]])
+        for prompt, *row in zip(batch, start.tolist(), rest.tolist(), strict=True):
+            ids, ended = session.until_end([*row[0], *row[1]][: session.room(prompt)])
             yield _Answer(ids, session.tokenizer.decode(ids, control_tokens=False), ended)
+
+
+def _batches(session: Session, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[Sequence[int]]]:
+    """Prompts in order, in batches that one configuration serves: their lengths may ask for different ones."""
+    for _, group in itertools.groupby(prompts, session.config_for):
+        alike = list(group)
+        yield from (alike[first : first + size] for first in range(0, len(alike), size))
 
 
 def _report(session: Session, texts: list[str], prompts: list[list[int]], batch_size: int) -> dict[str, Any]:

@@ -2,10 +2,15 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+
+from qwen2_jax.config import Qwen2Config
+from qwen2_jax.json_object import brief
+from qwen2_jax.long_context import LongContext
 
 if TYPE_CHECKING:  # only: the options and their help must not wait for JAX
     from qwen2_jax.generation import Generation
@@ -15,33 +20,36 @@ MAX_NEW_TOKENS = 512
 """Where neither the command line nor the checkpoint gives a number."""
 
 
-def _checkpoints(metavar: str) -> Any:
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: the checkpoint's)")
+def _checkpoints(metavar: str, otherwise: str) -> Any:
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: the checkpoint's, else {otherwise})")
 
 
 @dataclasses.dataclass(frozen=True)
 class SessionOptions:
     model: Annotated[str, tyro.conf.arg(metavar="PATH")]
     """Folder of a checkpoint, ours or Hugging Face's, or a hub id such as Qwen/Qwen2-0.5B-Instruct (downloaded)."""
-    max_new_tokens: Annotated[int | None, _checkpoints("N")] = None
+    max_new_tokens: Annotated[int | None, _checkpoints("N", f"{MAX_NEW_TOKENS}, or what the model has room for")] = None
     """Most tokens to add."""
-    temperature: Annotated[float | None, _checkpoints("X")] = None
+    temperature: Annotated[float | None, _checkpoints("X", "0")] = None
     """0 takes the most probable token; higher is more varied."""
-    top_k: Annotated[int | None, _checkpoints("K")] = None
+    top_k: Annotated[int | None, _checkpoints("K", "all")] = None
     """Choose among the K most probable tokens; 0 is all."""
-    top_p: Annotated[float | None, _checkpoints("P")] = None
+    top_p: Annotated[float | None, _checkpoints("P", "1")] = None
     """Choose among the most probable tokens that together reach probability P."""
-    repetition_penalty: Annotated[float | None, _checkpoints("R")] = None
+    repetition_penalty: Annotated[float | None, _checkpoints("R", "1")] = None
     """Above 1 disfavours tokens that are already there."""
-    stop_ids: Annotated[tuple[int, ...] | None, _checkpoints("ID ...")] = None
-    """Token ids that end an answer."""
-    seed: int = 0
-    """Of the random choices."""
+    stop_ids: Annotated[tuple[int, ...] | None, _checkpoints("ID ...", "its end-of-text token")] = None
+    """Token ids that end an answer; none after the flag lets nothing end it."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Of the random choices, 0 or more."""
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
         tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="(default: as stored)"),
     ] = None
     """Of weights and arithmetic."""
+    prefill_chunk: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all at once)")] = None
+    """Read long prompts in pieces of N tokens, to bound the memory they take."""
+    long_context: Annotated[LongContext, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LongContext)
 
 
 class Session:
@@ -63,8 +71,8 @@ class Session:
         self.folder = local_folder(options.model)
         self.config = read_config(self.folder)
         self.tokenizer = Tokenizer.from_folder(self.folder)
-        self.generation = _chosen(options, GenerationConfig.from_folder(self.folder))
-        vocab_size = self.config.vocab_size
+        self.generation = _chosen(options, GenerationConfig.from_folder(self.folder), self.tokenizer.eos_ids)
+        vocab_size, pad_id = self.config.vocab_size, self.generation.pad_id
         if self.tokenizer.vocab_size > vocab_size:
             raise ValueError(
                 f"{self.folder}: the tokenizer has {self.tokenizer.vocab_size} tokens, the model's embedding only "
@@ -72,15 +80,34 @@ class Session:
             )
         if outside := [id for id in self.generation.eos_ids if not 0 <= id < vocab_size]:
             raise ValueError(f"{outside} cannot end an answer: ids of this vocabulary are 0 to {vocab_size - 1}")
+        if pad_id >= vocab_size:
+            raise ValueError(
+                f"{self.folder}: pad_token_id is {pad_id}, ids of this vocabulary are 0 to {vocab_size - 1}"
+            )
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
-        import rich.console
-
         from convert import load_checkpoint
 
-        with rich.console.Console(stderr=True).status(f"loading {self.folder}"):
-            return load_checkpoint(self.folder, dtype=self.options.dtype)[1]
+        # Not rich's: it hides the cursor, which an interrupt would leave so.
+        terminal = sys.stderr.isatty()
+        if terminal:
+            print(f"loading {self.folder} ...", end="", file=sys.stderr, flush=True)
+        params = load_checkpoint(self.folder, dtype=self.options.dtype)[1]
+        if terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        return params
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a prompt.
+
+        Raises:
+          ValueError: if there are none.
+        """
+        prompt = self.tokenizer.encode(text)
+        if not prompt:
+            raise ValueError(f"the prompt {brief(text)} has no tokens; a model continues at least one")
+        return prompt
 
     def check(self, prompts: Sequence[Sequence[int]]) -> None:
         """
@@ -90,17 +117,19 @@ class Session:
         from qwen2_jax.generation import checked_prompts
 
         for prompt in prompts:
-            checked_prompts(self.config, [prompt], None, self._room(len(prompt)))
+            checked_prompts(self.config_for(prompt), [prompt], None, self.room(prompt))
 
     def start(self, prompts: Sequence[Sequence[int]], seed: int = 0) -> "Generation":
-        """Begins to continue a batch of prompts (token ids); `seed` is added to the one of the options."""
+        """Begins to continue a batch of prompts (token ids) of one `config_for`; `seed` is added to the options'."""
         from qwen2_jax.generation import Generation
 
         lengths = [len(prompt) for prompt in prompts]
+        (config,) = {self.config_for(prompt) for prompt in prompts}
         tokens = [[*prompt, *[0] * (max(lengths) - len(prompt))] for prompt in prompts]
         return Generation(
-            *(self.config, self.params, tokens, lengths),
-            max_new_tokens=self._room(max(lengths)),
+            *(config, self.params, tokens, lengths),
+            max_new_tokens=[self.room(prompt) for prompt in prompts],
+            prefill_chunk=self.options.prefill_chunk,
             sampling=self.generation.sampling,
             eos_ids=self.generation.eos_ids,
             pad_id=self.generation.pad_id,
@@ -123,15 +152,22 @@ class Session:
         ends = [i for i, id in enumerate(ids) if id in self.generation.eos_ids]
         return (list(ids[: ends[0] + 1]), True) if ends else (list(ids), False)
 
-    def _room(self, length: int) -> int:
+    def room(self, prompt: Sequence[int]) -> int:
         """How many tokens to add to a prompt: what was asked for, or what the checkpoint says and the model has."""
         if self.options.max_new_tokens is not None:
             return self.options.max_new_tokens
-        left = self.config.max_position_embeddings - length
-        return max(1, min(self.generation.max_new_tokens or MAX_NEW_TOKENS, left))
+        most = self.generation.max_new_tokens or MAX_NEW_TOKENS
+        reach = self.options.long_context.configure(self.config, len(prompt) + most).max_length
+        return most if reach is None else max(1, min(most, reach - len(prompt)))
+
+    def config_for(self, prompt: Sequence[int]) -> Qwen2Config:
+        """The model's configuration for a request of this length, as the options of long context say."""
+        return self.options.long_context.configure(self.config, len(prompt) + self.room(prompt))
 
 
-def _chosen(options: SessionOptions, checkpoint: "GenerationConfig") -> "GenerationConfig":
+def _chosen(
+    options: SessionOptions, checkpoint: "GenerationConfig", end_of_text: tuple[int, ...]
+) -> "GenerationConfig":
     """The checkpoint's way to generate, with the options that were given in its place."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -139,5 +175,5 @@ def _chosen(options: SessionOptions, checkpoint: "GenerationConfig") -> "Generat
     if sampling.temperature == 0 and (idle := sorted(given.keys() & {"top_k", "top_p"})):
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in idle)
         raise ValueError(f"{flags} changes nothing at temperature 0, which always takes the most probable token")
-    eos_ids = checkpoint.eos_ids if options.stop_ids is None else options.stop_ids
+    eos_ids = (checkpoint.eos_ids or end_of_text) if options.stop_ids is None else options.stop_ids
     return dataclasses.replace(checkpoint, sampling=sampling, eos_ids=eos_ids)

@@ -19,11 +19,8 @@ from flax.core import meta
 from convert import save_checkpoint
 from qwen2_jax import Qwen2, Qwen2Config, generate
 from qwen2_jax.cli import JOBS, main
-from qwen2_jax.command import exit_code
 from qwen2_jax.commands.chat import Chat
 from qwen2_jax.commands.session import Session, SessionOptions
-from qwen2_jax.generation_config import GenerationConfig
-from qwen2_jax.sampling import Sampling
 from qwen2_jax.tokenizer import Tokenizer
 
 CONFIG = Qwen2Config(
@@ -97,37 +94,6 @@ def fails(result: tuple[int, str, str], *complaints: str) -> None:
 # Every command
 
 
-@pytest.mark.parametrize(
-    "error, code, line",
-    [
-        (ValueError("two\nlines"), 2, "two lines"),
-        (FileNotFoundError(2, "No such file or directory", "a b"), 2, "a b: No such file or directory"),
-        (OSError(28, "No space left on device"), 2, "[Errno 28] No space left on device"),
-        (ValueError(), 2, "ValueError"),
-    ],
-)
-def test_what_the_user_can_mend_is_one_line(error, code, line, capsys):
-    def fail():
-        raise error
-
-    assert exit_code(fail) == code
-    assert capsys.readouterr().err == f"qwen2-jax: error: {line}\n"
-
-
-def test_our_bugs_show_where_they_are(capsys):
-    assert exit_code(lambda: {}["nothing"]) == 1
-    assert "Traceback" in capsys.readouterr().err
-
-
-def test_interrupts_and_results():
-    def interrupt():
-        raise KeyboardInterrupt
-
-    assert exit_code(interrupt) == 130
-    assert exit_code(lambda: None) == 0
-    assert exit_code(lambda: 2) == 2
-
-
 def test_help_version_and_unknown_jobs(run):
     code, out, _ = run("--help")
     assert code == 0 and all(job in out for job in JOBS)
@@ -139,7 +105,7 @@ def test_help_version_and_unknown_jobs(run):
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--help"]])
 def test_help_does_not_wait_for_jax(argv):
-    script = "import sys; from qwen2_jax.cli import main\ntry: main()\nfinally: print('jax' in sys.modules)"
+    script = "import sys; from qwen2_jax.cli import main\ntry: main(sys.argv[1:])\nfinally: print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
@@ -198,6 +164,8 @@ def test_generate_reads_files_and_standard_input(run, model, type_in, tmp_path):
     assert ids() == whole
     type_in(text)
     assert ids("--lines") == each
+    (tmp_path / "prompts").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())  # as Windows writes it
+    assert ids("--prompt-file", tmp_path / "prompts", "--lines") == each
     chat = tokenizer.apply_chat_template([{"role": "user", "content": PROMPTS[0]}])
     assert ids("--prompt", PROMPTS[0], "--chat") == [tokenizer.encode(chat)]
 
@@ -231,7 +199,9 @@ def test_generate_mistakes(run, model, type_in, tmp_path):
     type_in("")
     fails(run(*flags), "the prompt is empty")
     type_in("one\n\nthree\n")
-    fails(run(*flags, "--lines"), "prompt 2 of 3 is empty")
+    fails(run(*flags, "--lines"), "standard input: blank where a prompt should be, line 2; remove it")
+    type_in("")
+    fails(run(*flags, "--lines"), "the prompt is empty")
     type_in(b"\xff")
     fails(run(*flags), "standard input is not UTF-8")
     fails(run(*flags, "--prompt", "\udcff"), "surrogates not allowed")
@@ -242,6 +212,8 @@ def test_generate_mistakes(run, model, type_in, tmp_path):
     fails(run(*flags, "--prompt", "a", "--max-new-tokens", 0), "max_new_tokens")
     fails(run(*flags, "--prompt", "a", "--stop-ids", 151936), "151936")
     fails(run(*flags, "--prompt", "a", "--temperature", -1), "temperature must be 0 or more")
+    fails(run(*flags, "--prompt", "a", "--temperature", "1e-46"), "float32", "1e-46")
+    fails(run(*flags, "--prompt", "a", "--repetition-penalty", "inf"), "float32", "inf")
     fails(run(*flags, "--prompt", "a", "--top-k", 5), "--top-k changes nothing at temperature 0")
     fails(run(*flags, "--prompt", "a", "--batch-size", 0), "--batch-size")
     fails(run(*flags, "--prompt", "a", "--seed", 2**31), "--seed")
@@ -254,33 +226,60 @@ def test_tokenizer_and_model_must_fit(run, model, tmp_path):
     fails(run("generate", "--model", folder, "--prompt", "a"), "151000", "151669")
 
 
+def test_a_checkpoint_that_names_no_end_has_its_tokenizers(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "copy")
+    (folder / "generation_config.json").unlink()
+    assert Session(SessionOptions(model=str(folder))).generation.eos_ids == (151645,)
+    assert Session(SessionOptions(model=str(folder), stop_ids=())).generation.eos_ids == ()
+    assert Session(SessionOptions(model=str(model))).generation.eos_ids == (151645, 151643)
+
+
+def test_damaged_files_beside_the_weights(run, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "copy")
+    flags = ["generate", "--model", folder, "--prompt", "a"]
+    (folder / "generation_config.json").write_text('{"pad_token_id": 151936}')
+    fails(run(*flags), "pad_token_id is 151936")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": -5}')
+    fails(run(*flags), "generation_config.json", "max_new_tokens")
+    (folder / "generation_config.json").unlink()
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    fails(run(*flags), "chat_template.jinja is not UTF-8")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('\x1b[2Jevil\nline') }}")
+    fails(run(*flags, "--chat"), r"\x1b[2Jevil line")
+    (folder / "chat_template.jinja").write_text("")
+    fails(run(*flags, "--chat"), "the prompt '' has no tokens")
+
+
+def test_generate_on_a_terminal_says_what_it_waits_for(run, model, type_in, monkeypatch):
+    type_in("")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    code, _, err = run("generate", "--model", model)
+    assert code == 2 and err.startswith("reading the prompt from standard input; Ctrl-D ends it\n")
+
+
 def test_processes_end_like_commands(model):
     command = [sys.executable, "-m", "qwen2_jax", "generate", "--model", str(model)]
     with subprocess.Popen([*command, "--prompt", "a"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()  # as `| head -0` does
         assert process.stderr.read() == b""
     assert process.returncode == 141
-    done = subprocess.run([*command, "--prompt", ""], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--prompt", "a"], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "foo"}
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "Unable to initialize backend 'foo'" in done.stderr
 
 
-# What the checkpoint says
-
-
-def test_generation_config(tmp_path):
-    path = tmp_path / "generation_config.json"
-    assert GenerationConfig.from_folder(tmp_path) == GenerationConfig()
-    path.write_text(json.dumps(INSTRUCT))
-    expected = GenerationConfig(Sampling(0.7, 20, 0.8, 1.05), (151645, 151643), 151643)
-    assert GenerationConfig.from_folder(tmp_path) == expected
-    path.write_text(json.dumps({"do_sample": False, "eos_token_id": 151643, "max_new_tokens": 2048}))
-    assert GenerationConfig.from_folder(tmp_path) == GenerationConfig(Sampling(), (151643,), 0, 2048)
-    path.write_text(json.dumps({"do_sample": True, "top_p": 0.8}))
-    assert GenerationConfig.from_folder(tmp_path).sampling == Sampling(1.0, 50, 0.8)
-    for damage in ('{"do_sample": true, "top_k": "many"}', '{"eos_token_id": ["x"]}', "[]", "{"):
-        path.write_text(damage)
-        with pytest.raises(ValueError, match=r"generation_config\.json"):
-            GenerationConfig.from_folder(tmp_path)
+def test_control_c_ends_generate_by_the_signal(model):
+    prompts = [flag for number in range(60) for flag in ("--prompt", f"{number} ")]
+    command = [sys.executable, "-m", "qwen2_jax", "generate", "--model", str(model), "--batch-size", "1", *prompts]
+    # An encoding that cannot hold the answers must not stop them.
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.read(1) == b"-"  # the first answer of 60 is there
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGINT
 
 
 # chat
@@ -316,7 +315,30 @@ def test_chat_survives_what_does_not_fit(model, capsys):
     chat = Chat(Session(SessionOptions(model=str(model))))
     chat.hear("a " * 200)
     assert chat.messages == []
-    assert "/reset starts over" in capsys.readouterr().err
+    assert "the conversation fills the model's 96 positions" in (err := capsys.readouterr().err)
+    assert err.endswith("/reset starts over\n")
+    chat.session.tokenizer.template = "{% if"
+    chat.hear("hello")
+    assert "the chat template failed" in (err := capsys.readouterr().err) and "/reset" not in err
+
+
+def test_chat_from_a_pipe_fails_with_its_message(run, model, type_in):
+    type_in("a " * 200 + "\nnever read\n")
+    fails(run("chat", "--model", model), "the conversation fills the model's 96 positions")
+    type_in(b"\xff\n")
+    fails(run("chat", "--model", model), "standard input is not UTF-8")
+
+
+def test_control_c_ends_a_chat_from_a_pipe(model):
+    command = [sys.executable, "-m", "qwen2_jax", "chat", "--model", str(model), "--max-new-tokens", "3"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdin.write(b"hello\n")
+        process.stdin.flush()
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b""
+    assert process.returncode == -signal.SIGINT
 
 
 def test_control_c_ends_an_answer_and_not_the_chat(model):
@@ -328,27 +350,30 @@ def test_control_c_ends_an_answer_and_not_the_chat(model):
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
 
-    def read_until(mark: bytes) -> bytes:
-        seen = b""
+    def read_until(mark: bytes, seconds: float = 60) -> bool:
+        seen, end = b"", time.monotonic() + seconds
         while mark not in seen:
-            assert select.select([master], [], [], 60)[0], f"waited for {mark!r}, saw {seen!r}"
+            if not select.select([master], [], [], max(0, end - time.monotonic()))[0]:
+                return False
             seen += os.read(master, 4096)
-        return seen
+        return True
 
     try:
-        read_until(b"> ")
-        time.sleep(0.3)  # a Ctrl-C before `input` listens would only be noticed with the next key
-        process.send_signal(signal.SIGINT)
-        read_until(b"(/exit leaves)")
+        assert read_until(b"> ")
+        for _ in range(10):  # a Ctrl-C before `input` listens is only noticed with the next key
+            process.send_signal(signal.SIGINT)
+            if read_until(b"(/exit leaves)", seconds=3):
+                break
         os.write(master, b"hello\n")
-        read_until(b"hello\r\n")
+        assert read_until(b"hello\r\n")
         time.sleep(0.1)  # compiling takes longer
         process.send_signal(signal.SIGINT)
-        read_until(b"[stopped]")
+        assert read_until(b"[stopped]")
         os.write(master, b"/exit\n")
         assert process.wait(60) == 0
     finally:
         process.kill()
+        process.wait()
         os.close(master)
 
 

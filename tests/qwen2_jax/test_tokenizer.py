@@ -5,9 +5,11 @@ import shutil
 import unicodedata
 
 import pytest
+import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, pre_tokenizers
 
 from qwen2_jax.tokenizer import StreamDecoder, Tokenizer
 
@@ -247,3 +249,94 @@ def test_contradicting_ids(folders, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"'<\|im_end\|>' the id 151644, tokenizer\.json gives it 151645"):
         Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        ({"chat_template": 5}, "chat_template must be text"),
+        ({"chat_template": ["a"]}, "chat_template has no template named 'default'"),
+        ({"chat_template": [{"x": 1}]}, "chat_template has no template named 'default'"),
+        ({"chat_template": [{"name": ["x"], "template": "a"}]}, "chat_template has no template named 'default'"),
+        ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template must be text"),
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder must be an object"),
+        ({"added_tokens_decoder": {"5": "a"}}, "added_tokens_decoder must give ids tokens"),
+        ({"added_tokens_decoder": {"x": {"content": "a"}}}, "added_tokens_decoder must give ids tokens"),
+        ({"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "added_tokens_decoder must give ids tokens"),
+        ({"added_tokens_decoder": {"257": {"content": 3}}}, "added_tokens_decoder must give ids tokens"),
+        ({"added_tokens_decoder": {"257": {"content": "a", "lstrip": []}}}, "a token that cannot be read"),
+        ({"added_tokens_decoder": {"1": {"content": "a"}, "01": {"content": "b"}}}, "the id 1 twice"),
+        ({"eos_token": 5}, "eos_token must be text"),
+        ({"eos_token": {"x": 1}}, "eos_token must be text"),
+        ({"bos_token": ["a"]}, "bos_token must be text"),
+    ],
+)
+def test_settings_of_the_wrong_kind(tiny, settings, complaint):
+    (tiny / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: .*{complaint}"):
+        Tokenizer.from_folder(tiny)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder with a tokenizer whose tokens are single bytes."""
+    change_tokenizer(tmp_path)
+    return tmp_path
+
+
+def change_tokenizer(folder, **changes):
+    """Writes the smallest byte-level tokenizer.json, with changes."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(sorted(alphabet()))}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(backend.to_str()) | changes))
+
+
+def alphabet():
+    return pre_tokenizers.ByteLevel.alphabet()
+
+
+def test_prompts_are_neither_cut_nor_filled_up(tiny):
+    expected = Tokenizer.from_folder(tiny).encode("hello")
+    assert len(expected) == 5
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}
+    padding = {"strategy": {"Fixed": 10}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0}
+    change_tokenizer(tiny, truncation=truncation, padding=padding | {"pad_type_id": 0, "pad_token": "!"})
+    assert Tokenizer.from_folder(tiny).encode("hello") == expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "[UNK]"}},
+        {"model": {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}},
+        {"model": {"type": "BPE", "vocab": {}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"\u2581a": 0, "H": 1}, "merges": []}},
+        {"model": {"type": "BPE", "vocab": dict.fromkeys(alphabet(), 0), "merges": []}},
+        {"pre_tokenizer": None},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": ".*"}, "content": ""}},
+    ],
+)
+def test_only_byte_level_tokenizers(tiny, changes):
+    change_tokenizer(tiny, **changes)
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a byte-level BPE tokenizer"):
+        Tokenizer.from_folder(tiny)
+
+
+@pytest.mark.parametrize("id", ["1e999", "-1", "NaN", str(2**40), '"x"'])
+def test_ids_that_are_none(tiny, id):
+    (tiny / "tokenizer.json").write_text((tiny / "tokenizer.json").read_text().replace('": 7,', f'": {id},'))
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read as a tokenizer"):
+        Tokenizer.from_folder(tiny)
+
+
+def test_tokens_that_are_not_bytes(tiny):
+    vocab = {**json.loads((tiny / "tokenizer.json").read_text())["model"]["vocab"], "\u2581a": 256}
+    change_tokenizer(tiny, model={"type": "BPE", "vocab": vocab, "merges": []})
+    with pytest.raises(ValueError, match="token 256, .* is not spelled in bytes"):
+        Tokenizer.from_folder(tiny).decode([256])
+
+
+def test_template_files_are_utf8(tiny):
+    (tiny / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja is not UTF-8"):
+        Tokenizer.from_folder(tiny)
