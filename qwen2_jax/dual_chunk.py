@@ -18,6 +18,7 @@ INTRA, SUCCESSIVE, INTER = range(3)
 TEMPERATURES = ("query", "prompt")
 
 _SPARSE = "sparse_attention_"
+_MOST = 1 << 30  # positions are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +46,10 @@ class DualChunk:
     def __post_init__(self):
         for name in ("chunk_size", "local_size", "original_max_position_embeddings"):
             value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"dual chunk attention: {name} must be a whole number, not negative, got {value!r}")
+            if type(value) is not int or not 0 <= value <= _MOST:
+                raise ValueError(
+                    f"dual chunk attention: {name} must be a whole number from 0 to {_MOST}, got {value!r}"
+                )
         if self.local_size >= self.chunk_size:
             raise ValueError(
                 f"dual chunk attention: local_size ({self.local_size}) must be smaller than chunk_size "

@@ -17,6 +17,7 @@ from jax import lax
 
 from qwen2_jax.cache import Cache, empty_cache, extend_cache
 from qwen2_jax.config import Qwen2Config
+from qwen2_jax.layers import Options
 from qwen2_jax.model import Params, forward
 from qwen2_jax.sampling import Sampling, Steps, Values, next_token
 
@@ -61,6 +62,7 @@ def generate(
     pad_id: int = 0,
     seed: int = 0,
     prefill_chunk: int | None = None,
+    options: Options = Options(),
     dtype: jax.typing.DTypeLike | None = None,
 ) -> np.ndarray:
     """Continues each row of a batch of prompts.
@@ -80,6 +82,7 @@ def generate(
       seed: of the random choices; the same seed and batch give the same tokens.
       prefill_chunk: prompts are fed in pieces of so many tokens, which bounds the memory of activations; in one piece
         by default.
+      options: how to compute; its attention is that of the prompts, single queries always take the fastest.
       dtype: of activations and cache; the embedding's by default.
 
     Returns:
@@ -101,6 +104,7 @@ def generate(
         pad_id=pad_id,
         seed=seed,
         prefill_chunk=prefill_chunk,
+        options=options,
         dtype=dtype,
     ).advance()
 
@@ -125,6 +129,7 @@ class Generation:
         pad_id: int = 0,
         seed: int = 0,
         prefill_chunk: int | None = None,
+        options: Options = Options(),
         dtype: jax.typing.DTypeLike | None = None,
     ):
         tokens, lengths, limits = checked_prompts(config, tokens, lengths, max_new_tokens)
@@ -132,6 +137,8 @@ class Generation:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         longest = int(lengths.max())
         width = bucket(longest)
+        if prefill_chunk is not None and prefill_chunk >= width:
+            prefill_chunk = None
         if prefill_chunk is not None:
             width += -width % prefill_chunk
         padded = np.zeros((len(tokens), width), np.int32)
@@ -143,7 +150,14 @@ class Generation:
         self._taken = 0
         ends = _Ends(jnp.asarray(tuple(eos_ids), jnp.int32), jnp.asarray(pad_id, jnp.int32))
         self._step = functools.partial(
-            _decode, params, values=sampling.values, ends=ends, config=config, steps=sampling.steps, dtype=dtype
+            _decode,
+            params,
+            values=sampling.values,
+            ends=ends,
+            config=config,
+            steps=sampling.steps,
+            options=options._replace(attention=None),
+            dtype=dtype,
         )
         self._state = _prefill(
             *(params, padded, lengths, limits, jax.random.key(seed), sampling.values, ends),
@@ -151,6 +165,7 @@ class Generation:
             steps=sampling.steps,
             room=bucket(self.max_new_tokens),
             chunk=prefill_chunk,
+            options=options,
             dtype=dtype,
         )
 
@@ -245,7 +260,7 @@ class _Ends(NamedTuple):
     pad_id: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "room", "chunk", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "steps", "room", "chunk", "options", "dtype"))
 def _prefill(
     params: Params,
     tokens: jax.Array,
@@ -259,6 +274,7 @@ def _prefill(
     steps: Steps,
     room: int,
     chunk: int | None,
+    options: Options,
     dtype: Any,
 ) -> State:
     """Runs the prompts [B, T] into a cache with `room` for answers and chooses each row's first token."""
@@ -273,7 +289,14 @@ def _prefill(
         tokens, real = inputs
         of = jnp.broadcast_to(lengths[:, None], tokens.shape)
         segments = real.astype(jnp.int32)
-        out = forward(config, params, tokens, dtype, segment_ids=segments, cache=cache, logits="last", lengths=of)
+        out = forward(
+            *(config, params, tokens, dtype, options),
+            segment_ids=segments,
+            cache=cache,
+            logits="last",
+            lengths=of,
+            right_padded=chunk is None,
+        )
         assert out.cache is not None and out.logits is not None
         return (out.cache, jnp.where(real.any(axis=1, keepdims=True), out.logits[:, 0], scores)), None
 
@@ -301,7 +324,7 @@ def _prefill(
     return _choose(state, scores, steps, values, ends)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "dtype"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "steps", "options", "dtype"), donate_argnames=("state",))
 def _decode(
     params: Params,
     state: State,
@@ -311,6 +334,7 @@ def _decode(
     *,
     config: Qwen2Config,
     steps: Steps,
+    options: Options,
     dtype: Any,
 ) -> State:
     """Adds tokens until `limit` of them are chosen or every row has ended."""
@@ -319,7 +343,7 @@ def _decode(
         return (state.count < limit) & ~state.ended.all()
 
     def step(state: State) -> State:
-        out = forward(config, params, state.token[:, None], dtype, cache=state.cache)
+        out = forward(config, params, state.token[:, None], dtype, options, cache=state.cache)
         assert out.cache is not None and out.logits is not None
         return _choose(dataclasses.replace(state, cache=out.cache), out.logits[:, 0], steps, values, ends)
 

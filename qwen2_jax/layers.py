@@ -137,7 +137,6 @@ class Attention(nn.Module):
             key, value = cache[0].astype(key.dtype), cache[1].astype(value.dtype)
         with jax.named_scope("attend"):
             out = attend(query, key, value, sequence.rotations.query, sequence.context, self.options.attention)
-        out = checkpoint_name(out, "attended")
         shape, axes = (width, heads, head_dim), ("embed", "heads", "head_dim")
         return Projection("BTNH,DNH->BTD", shape, axes, std, name="o")(out), cache
 

@@ -26,6 +26,8 @@ READERS: Mapping[str, tuple[Mode, ...]] = {
 YARN_FACTORS = (1, 2, 4, 8, 16, 32)
 """What a factor is picked from for a request; each is one compiled program more at most."""
 
+_WITH_YARN = ("yarn", "dca-yarn")
+
 _LOCAL_SHARE = 32
 """local_size is this part of chunk_size by default, as in Qwen2.5-1M."""
 
@@ -33,12 +35,28 @@ _TRAINED_LENGTH = 32768
 """Of every Qwen2: the base models declare 131,072 positions but were trained on 32,768 (report, section 3.2)."""
 
 
-def option(metavar: str, default: str) -> Any:
+def _option(metavar: str, default: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongContextNumbers:
+    """The numbers of the modes; None leaves one to the checkpoint's config.json."""
+
+    trained_length: Annotated[int | None, _option("N", "the checkpoint's, at most 32,768")] = None
+    """Tokens of the longest inputs trained on."""
+    yarn_factor: Annotated[float | Literal["auto"] | None, _option("{X,auto}", "the checkpoint's, else auto")] = None
+    """Of YaRN; auto takes for each request the smallest of 1, 2, 4, ... 32 that reaches its length."""
+    chunk_size: Annotated[int | None, _option("N", "the checkpoint's, else the trained length")] = None
+    """Of Dual Chunk Attention, the largest distance that RoPE gets to see."""
+    local_size: Annotated[int | None, _option("N", "the checkpoint's, else a 32nd of the chunk size")] = None
+    """Of Dual Chunk Attention, the distance that stays exact across chunks."""
+    temperature_of: Annotated[Literal["query", "prompt"] | None, _option("{query,prompt}", "query")] = None
+    """What Dual Chunk Attention's temperature follows: each query's own place, or the whole prompt's length."""
+
+
 @dataclasses.dataclass(frozen=True)
-class LongContext:
+class LongContext(LongContextNumbers):
     """What to do about inputs longer than the trained length. None leaves it to the checkpoint's config.json.
 
     The trained length is what the checkpoint's YaRN or Dual Chunk block says, else its max_position_embeddings, but at
@@ -46,18 +64,8 @@ class LongContext:
     program runs Dual Chunk Attention with YaRN's frequencies. `DualChunk.temperature` explains the temperature.
     """
 
-    mode: Annotated[Mode | None, option("{" + ",".join(MODES) + "}", "what config.json asks for")] = None
+    mode: Annotated[Mode | None, _option("{" + ",".join(MODES) + "}", "what config.json asks for")] = None
     """Plain RoPE; YaRN; Dual Chunk Attention without or with temperature, or (experimental) with YaRN's frequencies."""
-    trained_length: Annotated[int | None, option("N", "the checkpoint's, at most 32,768")] = None
-    """Tokens of the longest inputs trained on."""
-    yarn_factor: Annotated[float | Literal["auto"] | None, option("{X,auto}", "the checkpoint's, else auto")] = None
-    """Of YaRN; auto takes for each request the smallest of 1, 2, 4, ... 32 that reaches its length."""
-    chunk_size: Annotated[int | None, option("N", "the checkpoint's, else the trained length")] = None
-    """Of Dual Chunk Attention, the largest distance that RoPE gets to see."""
-    local_size: Annotated[int | None, option("N", "the checkpoint's, else a 32nd of the chunk size")] = None
-    """Of Dual Chunk Attention, the distance that stays exact across chunks."""
-    temperature_of: Annotated[Literal["query", "prompt"] | None, option("{query,prompt}", "query")] = None
-    """What Dual Chunk Attention's temperature follows: each query's own place, or the whole prompt's length."""
 
     def configure(self, config: Qwen2Config, length: int) -> Qwen2Config:
         """The configuration for a request of `length` tokens, prompt and answer together.
@@ -71,9 +79,15 @@ class LongContext:
             raise ValueError(f"the trained length must be at least 1, got {self.trained_length}")
         return dataclasses.replace(
             config,
-            yarn=self._yarn(config, length) if mode in ("yarn", "dca-yarn") else None,
-            dual_chunk=self._dual_chunk(config, mode) if mode.startswith("dca") else None,
+            yarn=self._yarn(config, length) if mode in _WITH_YARN else None,
+            dual_chunk=self._dual_chunk(config) if mode.startswith("dca") else None,
         )
+
+    def reach(self, config: Qwen2Config) -> int | None:
+        """The longest request that `configure` has a configuration for; None if there is no bound."""
+        if (self.mode or _mode_of(config)) in _WITH_YARN and self._factor(config) == "auto":
+            return YARN_FACTORS[-1] * self.trained(config)
+        return self.configure(config, 1).max_length
 
     def trained(self, config: Qwen2Config) -> int:
         """Tokens of the longest inputs that the model was trained on."""
@@ -85,32 +99,47 @@ class LongContext:
             return config.dual_chunk.original_max_position_embeddings
         return min(config.max_position_embeddings, _TRAINED_LENGTH)
 
+    def _factor(self, config: Qwen2Config) -> float | Literal["auto"]:
+        if self.yarn_factor is not None:
+            return self.yarn_factor
+        return "auto" if config.yarn is None else config.yarn.factor
+
     def _yarn(self, config: Qwen2Config, length: int) -> Yarn | None:
-        trained, factor = self.trained(config), self.yarn_factor
-        if factor is None and config.yarn is not None:
-            factor = config.yarn.factor
-        if factor in (None, "auto"):
-            reach = (candidate for candidate in YARN_FACTORS if candidate * trained >= length)
-            factor = next(reach, None)
-            if factor is None:
+        trained, factor = self.trained(config), self._factor(config)
+        if factor == "auto":
+            reaching = [candidate for candidate in YARN_FACTORS if candidate * trained >= length]
+            if not reaching:
                 raise ValueError(
                     f"{length} tokens are more than {YARN_FACTORS[-1]} times the trained length of {trained}; shorten "
                     "the input, or use Dual Chunk Attention (mode dca)"
                 )
-        if factor == 1:
-            return None  # the same numbers, and the program of plain RoPE
-        known = config.yarn or Yarn(1.0, trained)
-        return dataclasses.replace(known, factor=float(factor), original_max_position_embeddings=trained)
+            factor = reaching[0]
+        yarn = config.yarn or Yarn(float(factor), trained)
+        if yarn.factor != factor:  # a fixed attention factor is that of its factor
+            yarn = dataclasses.replace(yarn, factor=float(factor), attention_factor=None)
+        yarn = dataclasses.replace(yarn, original_max_position_embeddings=trained)
+        # The same numbers as plain RoPE: let it be the same program too.
+        return None if yarn.factor == 1 and yarn.attention_scale == 1 and yarn != config.yarn else yarn
 
-    def _dual_chunk(self, config: Qwen2Config, mode: Mode) -> DualChunk:
+    def _dual_chunk(self, config: Qwen2Config) -> DualChunk:
         trained, known = self.trained(config), config.dual_chunk
-        chunk_size = self.chunk_size or (known.chunk_size if known else trained)
-        local_size = self.local_size
-        if local_size is None:
-            keep = known is not None and chunk_size == known.chunk_size
-            local_size = known.local_size if known is not None and keep else chunk_size // _LOCAL_SHARE
-        temperature = self.temperature_of or (known.temperature if known else "query")
-        return DualChunk(chunk_size, local_size, trained if mode == "dca-temperature" else 0, temperature)
+        if self.chunk_size is not None and self.chunk_size > trained:
+            raise ValueError(
+                f"chunk_size ({self.chunk_size}) must not exceed the trained length ({trained}): RoPE would see "
+                "distances that it never saw; give the trained_length if the model was trained on more"
+            )
+        block = known or DualChunk(trained, trained // _LOCAL_SHARE)
+        if self.chunk_size is not None and self.chunk_size != block.chunk_size:
+            block = DualChunk(self.chunk_size, self.chunk_size // _LOCAL_SHARE, temperature=block.temperature)
+        if self.local_size is not None:
+            block = dataclasses.replace(block, local_size=self.local_size)
+        if self.temperature_of is not None:
+            block = dataclasses.replace(block, temperature=self.temperature_of)
+        original = known.original_max_position_embeddings if known else 0
+        tempered = original > 0 if self.mode is None else self.mode == "dca-temperature"
+        if self.trained_length is not None or original == 0:
+            original = trained
+        return dataclasses.replace(block, original_max_position_embeddings=original if tempered else 0)
 
     def _refuse_idle(self, mode: Mode) -> None:
         """An option that the mode does not read is a mistake, not a wish."""

@@ -60,6 +60,7 @@ class Qwen2(nn.Module):
         cache: Cache | None = None,
         logits: Literal["all", "last", "none"] = "all",
         lengths: jax.Array | None = None,
+        right_padded: bool = False,
     ) -> Output:
         """Runs the model.
 
@@ -74,6 +75,8 @@ class Qwen2(nn.Module):
           lengths: [B, T] int32, the tokens of the whole document that each token belongs to; by default those that this
             call shows. Only Dual Chunk Attention with the temperature of the whole prompt reads them, when a prompt
             comes in pieces.
+          right_padded: a promise that each row is one document that begins at the first slot, with padding behind it at
+            most, and that the cache is empty; kernels that take no mask can then compute it.
         """
         config = self.config
         if self.remat not in REMAT_POLICIES:
@@ -83,7 +86,9 @@ class Qwen2(nn.Module):
         if self.options.moe not in BACKENDS:
             raise ValueError(f"moe must be one of {', '.join(BACKENDS)}, got {self.options.moe!r}")
         tokens = jnp.asarray(tokens, jnp.int32)
-        whole_rows = segment_ids is None and positions is None and cache is None
+        whole_rows = right_padded or (segment_ids is None and positions is None and cache is None)
+        if cache is not None:
+            whole_rows = whole_rows and cache.size == tokens.shape[1]
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
         if positions is None:
             positions = default_positions(segment_ids, cache)
@@ -195,10 +200,11 @@ def forward(
     params: Params,
     tokens: jax.Array,
     dtype: jax.typing.DTypeLike | None = None,
+    options: Options = Options(),
     **arguments: Any,
 ) -> Output:
-    """`Qwen2(config, dtype=dtype).apply`, with its result's type."""
-    output = Qwen2(config, dtype=dtype).apply({"params": params}, tokens, **arguments)
+    """`Qwen2(config, dtype=dtype, options=options).apply`, with its result's type."""
+    output = Qwen2(config, dtype=dtype, options=options).apply({"params": params}, tokens, **arguments)
     assert isinstance(output, Output)
     return output
 

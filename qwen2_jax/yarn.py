@@ -74,6 +74,8 @@ class Yarn:
             raise ValueError(f"YaRN: unknown keys {unknown}")
         if given.get("factor") is None:
             raise ValueError("YaRN: factor is missing; it is the wanted length divided by the trained length")
+        if given.get("truncate", True) is None:
+            raise ValueError("YaRN: truncate must be true or false, got null; transformers takes that for false")
         given = {key: value for key, value in given.items() if value is not None}
         return cls(**{"original_max_position_embeddings": max_position_embeddings, **given})
 

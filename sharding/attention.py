@@ -17,7 +17,7 @@ def attention_over_heads(mesh: Mesh, implementation: str) -> Callable[..., jax.A
     """An implementation of `qwen2_jax.attention.attend`, for `Options(attention=...)`, that is split over a mesh.
 
     The compiler can split "dense" and "chunked" by itself, but not the kernels "pallas" and "cudnn". Heads are split
-    over `tensor`, rows over `data`, `fsdp` and `expert` where they divide. No device talks to another.
+    over `tensor`, rows over `data`, `fsdp` and `expert`, as many of these as divide them. No device talks to another.
 
     Raises:
       ValueError: for an unknown implementation or mesh axis; when called, for key/value heads that `tensor` does not
@@ -32,8 +32,10 @@ def attention_over_heads(mesh: Mesh, implementation: str) -> Callable[..., jax.A
     def attention(query: jax.Array, key: jax.Array, value: jax.Array, rotation: Rotation, context: Context):
         if heads is not None and key.shape[1] % mesh.shape[heads]:
             raise ValueError(f"{key.shape[1]} key/value heads do not divide over {mesh.shape[heads]} devices of tensor")
-        axes = tuple(axis for axis in _ROW_AXES if axis in mesh.axis_names)
-        rows = axes if query.shape[0] % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
+        rows: tuple[str, ...] = ()
+        for axis in _ROW_AXES:
+            if axis in mesh.axis_names and query.shape[0] % math.prod(mesh.shape[at] for at in (*rows, axis)) == 0:
+                rows = (*rows, axis)
         by_head = PartitionSpec(rows, heads)
         by_row = jax.tree.map(lambda x: PartitionSpec(rows) if x.ndim else PartitionSpec(), context)
         tables = jax.tree.map(lambda _: PartitionSpec(None, rows), rotation)

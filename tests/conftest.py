@@ -54,6 +54,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in without]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """A worker that keeps every program of every module grows by gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def qwen_files():
     """The folder of the real Qwen tokenizer files: tokenizer.json, vocab.json, merges.txt, tokenizer_config.json."""

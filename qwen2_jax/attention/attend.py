@@ -15,7 +15,7 @@ _DENSE_LIMIT = 1024 * 1024
 """Scores per head up to which all are kept: the reference is faster for short inputs ..."""
 
 _DENSE_TOTAL = 64 * 1024 * 1024
-"""... and scores of all heads and rows together, 256 MB."""
+"""... and scores of all heads, rows and rotations together; their softmax takes 512 MB."""
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "dense": dense_attention,
@@ -54,7 +54,8 @@ def attend(
     batch, queries, heads, width = query.shape
     kv_heads, keys = key.shape[1:3]
     if implementation is None:
-        small = queries * keys <= _DENSE_LIMIT and batch * heads * queries * keys <= _DENSE_TOTAL
+        scores = batch * heads * queries * keys * rotation.cos.shape[0]
+        small = queries * keys <= _DENSE_LIMIT and scores <= _DENSE_TOTAL
         implementation = "dense" if small else "chunked"
     if isinstance(implementation, str):
         if implementation not in IMPLEMENTATIONS:

@@ -1,7 +1,8 @@
 """Attention by blocks with an online softmax: memory linear in T and S, and no work on blocks that nobody sees.
 
 Source: FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2. With Dual Chunk Attention a block of keys is met once
-for each rotation that some query of the block needs: once, unless a chunk's border runs through one of the two.
+for each rotation that some query of the block needs: once, unless a chunk's border runs through one of the two, or rows
+of a batch have theirs in different places.
 
 Both passes are right for any range of keys (`Context.key_start`), the backward pass given the log-sum-exp and output
 over all keys: keys may as well arrive in turn from other devices.
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen2_jax.attention.context import Context, Span, part_of, parts_between, spans, visible
+from qwen2_jax.attention.context import Context, Span, pad, part_of, parts_between, spans, visible
 from qwen2_jax.attention.flash import Kernel
 from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero, scores, weighted
 from qwen2_jax.einsum import einsum
@@ -37,14 +38,14 @@ class _Blocks:
         self.q_count = self.q_segments.shape[1] // self.q_size
         self.k_count = self.k_segments.shape[1] // self.k_size
         self.parts = parts
-        self._q_spans = _over_batch(spans(self.q_segments, self.q_chunks, self.q_size))
-        self._k_spans = _over_batch(spans(self.k_segments, self.k_chunks, self.k_size))
+        self._q_spans = spans(self.q_segments, self.q_chunks, self.q_size)
+        self._k_spans = spans(self.k_segments, self.k_chunks, self.k_size)
 
     def pad_q(self, x: jax.Array, dim: int) -> jax.Array:
-        return _pad(x, dim, self.q_size)
+        return pad(x, dim, self.q_size)
 
     def pad_k(self, x: jax.Array, dim: int) -> jax.Array:
-        return _pad(x, dim, self.k_size)
+        return pad(x, dim, self.k_size)
 
     def q_block(self, x: jax.Array, dim: int, i: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, i * self.q_size, self.q_size, axis=dim)
@@ -58,9 +59,11 @@ class _Blocks:
         return jnp.clip((last_query - self.key_start) // self.k_size + 1, 0, self.k_count)
 
     def parts_between(self, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The range of rotations by which query block i meets key block j."""
-        q, k = (Span(*(ends[at] for ends in span)) for span, at in ((self._q_spans, i), (self._k_spans, j)))
-        return parts_between(q, k, self.parts)
+        """The range of rotations by which query block i meets key block j in some row: rows share their loops."""
+        q, k = (Span(*(ends[:, at] for ends in span)) for span, at in ((self._q_spans, i), (self._k_spans, j)))
+        first, stop = parts_between(q, k, self.parts)
+        met = stop > first
+        return jnp.where(met, first, self.parts).min(), jnp.where(met, stop, 0).max()
 
     def seen(self, i: jax.Array, j: jax.Array, part: jax.Array) -> jax.Array:
         """[B, 1, 1, T, S]: which keys of block j the queries of block i see, by rotation `part`."""
@@ -168,23 +171,6 @@ def _backward(query, key, value, rotation, context, out, lse, dout):
 
 
 KERNEL = Kernel(_forward, _backward)
-
-
-def _over_batch(span: Span) -> Span:
-    """One span per block for all rows [blocks]: rows share their loops."""
-    return Span(
-        first_segment=span.first_segment.min(axis=0),
-        last_segment=span.last_segment.max(axis=0),
-        first_chunk=span.first_chunk.min(axis=0),
-        last_chunk=span.last_chunk.max(axis=0),
-    )
-
-
-def _pad(x: jax.Array, dim: int, size: int) -> jax.Array:
-    """Pads a dim with zeros to a multiple of size."""
-    widths = [(0, 0)] * x.ndim
-    widths[dim] = (0, -x.shape[dim] % size)
-    return jnp.pad(x, widths)
 
 
 def _joined(blocks: jax.Array, dim: int) -> jax.Array:

@@ -30,7 +30,8 @@ class Context:
     chunk_length: int = struct.field(pytree_node=False, default=0)
     """Tokens of a chunk, or 0 without Dual Chunk Attention."""
     whole_rows: bool = struct.field(pytree_node=False, default=False)
-    """Known when the program is built: T = S, and each row is one document without padding, at positions 0 to T - 1."""
+    """Known when the program is built: T = S, and each row is one document from the first slot on, at positions 0, 1,
+    ..., with padding behind it at most. What queries of padding get is then nobody's concern."""
 
 
 def visible(query_slots: jax.Array, query_segments: jax.Array, key_slots: jax.Array, key_segments: jax.Array):
@@ -78,3 +79,10 @@ def parts_between(queries: Span, keys: Span, rotations: int) -> tuple[jax.Array,
     last = jnp.clip(queries.last_chunk - keys.first_chunk, 0, rotations - 1)
     shared = (queries.first_segment <= keys.last_segment) & (keys.first_segment <= queries.last_segment)
     return first, jnp.where(shared, last + 1, first)
+
+
+def pad(x: jax.Array, dim: int, size: int) -> jax.Array:
+    """x with zeros behind it in `dim`, up to a whole number of blocks of `size`; of segments, 0 is padding."""
+    widths = [(0, 0)] * x.ndim
+    widths[dim] = (0, -x.shape[dim] % size)
+    return jnp.pad(x, widths)

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen2_jax.attention.context import Context, part_of, visible
 from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero, scores, weighted
@@ -40,4 +41,5 @@ def dense_attention(
     chosen = jnp.where(seen[:, None, None], chosen, MASKED)
     weights = jnp.exp(chosen - jnp.maximum(chosen.max(axis=-1, keepdims=True), FLOOR))
     # Normalised after the product with the values: the same sum, over H numbers instead of S.
-    return (weighted(weights, value) / nonzero(weights.sum(axis=-1))[..., None]).astype(query.dtype)
+    out = (weighted(weights, value) / nonzero(weights.sum(axis=-1))[..., None]).astype(query.dtype)
+    return checkpoint_name(out, "attended")

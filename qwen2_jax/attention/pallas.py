@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen2_jax.attention.context import Context
+from qwen2_jax.attention.context import Context, pad
 from qwen2_jax.attention.flash import Kernel
 from qwen2_jax.attention.pallas_steps import MOST_BLOCKS, Step, steps, unpacked
 from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero
@@ -332,7 +332,7 @@ def _prepared(query, key, value, rotation: Rotation, context: Context) -> tuple[
     parts = rotation.cos.shape[0]
     shrink = max(1, query.dtype.itemsize // 2)
     q_block, k_block = _block(queries, BLOCK_QUERIES // shrink), _block(key.shape[2], BLOCK_KEYS // shrink)
-    pad_q, pad_k = functools.partial(_pad, size=q_block), functools.partial(_pad, size=k_block)
+    pad_q, pad_k = functools.partial(pad, size=q_block), functools.partial(pad, size=k_block)
 
     q_segments, k_segments = pad_q(context.query_segments, 1), pad_k(context.key_segments, 1)
     q_chunks, k_chunks = jnp.zeros_like(q_segments), jnp.zeros_like(k_segments)
@@ -358,7 +358,7 @@ def _prepared(query, key, value, rotation: Rotation, context: Context) -> tuple[
     if batch * sizes.steps > _MOST_STEPS or max(sizes.q_blocks, sizes.k_blocks) > MOST_BLOCKS:
         raise ValueError(
             f"pallas attention: {batch} rows of {sizes.q_blocks} by {sizes.k_blocks} blocks on one device, but at most "
-            f"{_MOST_STEPS} pairs and {MOST_BLOCKS} blocks can be listed; divide rows or tokens over more devices"
+            f"{_MOST_STEPS} pairs and {MOST_BLOCKS} blocks can be listed; give a device fewer rows, or use 'chunked'"
         )
     return sizes, operands, context
 
@@ -373,13 +373,6 @@ def _columns(x: jax.Array) -> jax.Array:
     """[B, K, G, T, H] -> [B, N, H, T]."""
     batch, kv_heads, groups, queries, width = x.shape
     return x.reshape(batch, kv_heads * groups, queries, width).swapaxes(2, 3)
-
-
-def _pad(x: jax.Array, dim: int, size: int) -> jax.Array:
-    """Pads a dim with zeros to a multiple of size."""
-    widths = [(0, 0)] * x.ndim
-    widths[dim] = (0, -x.shape[dim] % size)
-    return jnp.pad(x, widths)
 
 
 def _forward(query, key, value, rotation: Rotation, context: Context):
@@ -403,7 +396,7 @@ def _backward(query, key, value, rotation: Rotation, context: Context, out, lse,
     # Row sums of dP * P, by way of out and its gradient; as an einsum it would keep float32 copies of both.
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(axis=-1)
     lse, delta = (x.reshape(sizes.batch, sizes.heads, 1, -1) for x in (lse * _LOG2E, delta))
-    more = tuple(_pad(x, 3, sizes.q_block) for x in (_columns(dout), lse, delta))
+    more = tuple(pad(x, 3, sizes.q_block) for x in (_columns(dout), lse, delta))
 
     block = (sizes.rotations, sizes.width, sizes.q_block)
     (dquery,) = _run(

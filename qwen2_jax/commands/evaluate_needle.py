@@ -98,7 +98,7 @@ def run(options: Options) -> int:
     with open_journal(NAME, options.evaluation, session, settings) as journal:
         done = {_Cell(*(record[name] for name in _Cell._fields)) for record in journal.records}
         left = [cell for cell in cells if cell not in done]
-        with count_progress("prompts", len(done), len(cells), quiet=options.evaluation.json) as update:
+        with count_progress("prompts", len(cells) - len(left), len(cells), quiet=options.evaluation.json) as update:
             for key, group in itertools.groupby(left, lambda cell: (cell.mode, cell.length)):
                 alike, size = list(group), options.evaluation.batch_size
                 for first in range(0, len(alike), size):
@@ -156,6 +156,7 @@ class _Prompts:
     def ask(self, cells: Sequence[_Cell], config: Any) -> list[dict[str, Any]]:
         from qwen2_jax.evaluation.needle import score
         from qwen2_jax.generation import generate
+        from qwen2_jax.layers import Options as LayerOptions
 
         prompts = [self.prompt(cell) for cell in cells]
         rows = generate(
@@ -163,6 +164,7 @@ class _Prompts:
             max_new_tokens=self.room,
             eos_ids=self.session.generation.eos_ids,
             prefill_chunk=self.options.prefill_chunk,
+            options=LayerOptions(attention=self.options.evaluation.attention),
         )
         records = []
         for cell, prompt, row in zip(cells, prompts, rows.tolist(), strict=True):

@@ -69,6 +69,7 @@ def run(options: Options) -> int:
     session = open_session(options.evaluation)
 
     from qwen2_jax.evaluation.perplexity import bucket_means, cut_windows, loss_by_position
+    from qwen2_jax.layers import Options as LayerOptions
 
     windows = cut_windows(session.tokenizer.encode(text, control_tokens=False), options.length, options.windows)
     configs = {
@@ -86,13 +87,15 @@ def run(options: Options) -> int:
     with open_journal(NAME, options.evaluation, session, settings) as journal:
         done = {(record["mode"], record["window"]) for record in journal.records}
         left = [cell for cell in cells if cell not in done]
-        with count_progress("windows", len(done), len(cells), quiet=options.evaluation.json) as update:
+        with count_progress("windows", len(cells) - len(left), len(cells), quiet=options.evaluation.json) as update:
             for mode, group in itertools.groupby(left, lambda cell: cell[0]):
                 alike, size = [window for _, window in group], options.evaluation.batch_size
                 for first in range(0, len(alike), size):
                     batch = alike[first : first + size]
                     losses = loss_by_position(
-                        configs[mode], session.params, windows[batch], piece=options.prefill_chunk
+                        *(configs[mode], session.params, windows[batch]),
+                        piece=options.prefill_chunk,
+                        options=LayerOptions(attention=options.evaluation.attention),
                     )
                     means = bucket_means(losses, bucket).tolist()
                     if not all(map(math.isfinite, itertools.chain.from_iterable(means))):

@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen2_jax.commands.session import Session, SessionOptions
+from qwen2_jax.commands.session import Attention, Session, SessionOptions, attention_option
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.journal import Journal
 from qwen2_jax.evaluation.modes import Modes
+
+_WANTED = ("modes", "lengths", "depths", "samples")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,8 @@ class EvaluationOptions:
         tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="(default: as stored)"),
     ] = None
     """Of weights and arithmetic."""
+    attention: Annotated[Attention | None, attention_option()] = None
+    """How attention over a prompt is computed; cudnn needs an NVIDIA GPU, pallas is for TPUs."""
     batch_size: int = 1
     """Prompts or windows of one length that run at once."""
     overwrite: bool = False
@@ -55,10 +59,13 @@ def open_session(options: EvaluationOptions) -> Session:
 def open_journal(name: str, options: EvaluationOptions, session: Session, settings: Mapping[str, Any]) -> Journal:
     """FOLDER/`name`.jsonl, of a run with these settings and those that every evaluation has.
 
-    Batch size and pieces are no settings: who runs out of memory may go on with smaller ones.
+    Batch size and pieces are no settings: who runs out of memory may go on with smaller ones. Nor is what only says
+    which records are wanted: who wants more of them keeps those that are there.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    return Journal(options.out / f"{name}.jsonl", {**shared_settings(options, session), **settings}, options.overwrite)
+    settings = {**shared_settings(options, session), **settings}
+    compared = {key: value for key, value in settings.items() if key not in _WANTED}
+    return Journal(options.out / f"{name}.jsonl", compared, options.overwrite)
 
 
 def shared_settings(options: EvaluationOptions, session: Session) -> dict[str, Any]:

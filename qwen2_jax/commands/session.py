@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
@@ -18,6 +18,13 @@ if TYPE_CHECKING:  # only: the options and their help must not wait for JAX
 
 MAX_NEW_TOKENS = 512
 """Where neither the command line nor the checkpoint gives a number."""
+
+
+Attention = Literal["dense", "chunked", "pallas", "cudnn"]
+
+
+def attention_option() -> Any:
+    return tyro.conf.arg(metavar="{" + ",".join(get_args(Attention)) + "}", help_behavior_hint="(default: by length)")
 
 
 def _checkpoints(metavar: str, otherwise: str) -> Any:
@@ -49,6 +56,8 @@ class SessionOptions:
     """Of weights and arithmetic."""
     prefill_chunk: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all at once)")] = None
     """Read long prompts in pieces of N tokens, to bound the memory they take."""
+    attention: Annotated[Attention | None, attention_option()] = None
+    """How attention over a prompt is computed; cudnn needs an NVIDIA GPU, pallas is for TPUs."""
     long_context: Annotated[LongContext, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LongContext)
 
 
@@ -122,6 +131,7 @@ class Session:
     def start(self, prompts: Sequence[Sequence[int]], seed: int = 0) -> "Generation":
         """Begins to continue a batch of prompts (token ids) of one `config_for`; `seed` is added to the options'."""
         from qwen2_jax.generation import Generation
+        from qwen2_jax.layers import Options
 
         lengths = [len(prompt) for prompt in prompts]
         (config,) = {self.config_for(prompt) for prompt in prompts}
@@ -130,6 +140,7 @@ class Session:
             *(config, self.params, tokens, lengths),
             max_new_tokens=[self.room(prompt) for prompt in prompts],
             prefill_chunk=self.options.prefill_chunk,
+            options=Options(attention=self.options.attention),
             sampling=self.generation.sampling,
             eos_ids=self.generation.eos_ids,
             pad_id=self.generation.pad_id,
@@ -157,7 +168,7 @@ class Session:
         if self.options.max_new_tokens is not None:
             return self.options.max_new_tokens
         most = self.generation.max_new_tokens or MAX_NEW_TOKENS
-        reach = self.options.long_context.configure(self.config, len(prompt) + most).max_length
+        reach = self.options.long_context.reach(self.config)
         return most if reach is None else max(1, min(most, reach - len(prompt)))
 
     def config_for(self, prompt: Sequence[int]) -> Qwen2Config:

@@ -1,33 +1,23 @@
 """Several ways to run one model beyond its trained length, side by side."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from qwen2_jax.config import Qwen2Config
-from qwen2_jax.long_context import MODES, READERS, LongContext, option
+from qwen2_jax.long_context import MODES, READERS, LongContext, LongContextNumbers
 
 CHECKPOINT = "checkpoint"
 """The mode that config.json asks for."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Modes:
+class Modes(LongContextNumbers):
     """Which ways to compare. An option applies to those modes of the list that know it."""
 
     mode: Annotated[str, tyro.conf.arg(metavar="MODE,...")] = CHECKPOINT
     """One or more of plain, yarn, dca, dca-temperature, dca-yarn, and checkpoint (what config.json says)."""
-    trained_length: Annotated[int | None, option("N", "the checkpoint's, at most 32,768")] = None
-    """Tokens of the longest inputs trained on."""
-    yarn_factor: Annotated[float | Literal["auto"] | None, option("{X,auto}", "the checkpoint's, else auto")] = None
-    """Of YaRN; auto takes for each length the smallest of 1, 2, 4, ... 32 that reaches it."""
-    chunk_size: Annotated[int | None, option("N", "the checkpoint's, else the trained length")] = None
-    """Of Dual Chunk Attention, the largest distance that RoPE gets to see."""
-    local_size: Annotated[int | None, option("N", "the checkpoint's, else a 32nd of the chunk size")] = None
-    """Of Dual Chunk Attention, the distance that stays exact across chunks."""
-    temperature_of: Annotated[Literal["query", "prompt"] | None, option("{query,prompt}", "query")] = None
-    """What mode dca-temperature's temperature follows: each query's own place, or the whole prompt's length."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jax import lax
 
 from qwen2_jax.cache import empty_cache
 from qwen2_jax.config import Qwen2Config
+from qwen2_jax.layers import Options
 from qwen2_jax.model import Params, forward
 
 PIECE = 256
@@ -24,6 +25,7 @@ def loss_by_position(
     tokens: Any,
     *,
     piece: int = PIECE,
+    options: Options = Options(),
     dtype: jax.typing.DTypeLike | None = None,
 ) -> np.ndarray:
     """The next-token cross entropy at every position, in nats.
@@ -36,6 +38,7 @@ def loss_by_position(
       params: its parameters, per layer or stacked.
       tokens: [B, T] integer ids.
       piece: positions computed at once; changes nothing but time and memory.
+      options: how to compute.
       dtype: of activations and cache; the embedding's by default.
 
     Returns:
@@ -66,7 +69,9 @@ def loss_by_position(
     piece = min(piece, length)
     padded = np.pad(tokens.astype(np.int32), ((0, 0), (0, -length % piece)))
     dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
-    losses = _losses(params, padded, jnp.asarray(length, jnp.int32), config=config, piece=piece, dtype=dtype)
+    losses = _losses(
+        params, padded, jnp.asarray(length, jnp.int32), config=config, piece=piece, options=options, dtype=dtype
+    )
     return np.asarray(losses)[:, : length - 1]
 
 
@@ -124,9 +129,16 @@ def loss_table(means: Mapping[str, np.ndarray], size: int, positions: int) -> li
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("config", "piece", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "piece", "options", "dtype"))
 def _losses(
-    params: Params, tokens: jax.Array, length: jax.Array, *, config: Qwen2Config, piece: int, dtype: Any
+    params: Params,
+    tokens: jax.Array,
+    length: jax.Array,
+    *,
+    config: Qwen2Config,
+    piece: int,
+    options: Options,
+    dtype: Any,
 ) -> jax.Array:
     """[B, W] float32 losses of tokens [B, W], W a multiple of `piece`, of which the first `length` are real."""
     rows, width = tokens.shape
@@ -137,7 +149,13 @@ def _losses(
         tokens, real, targets = inputs
         lengths = jnp.broadcast_to(length, tokens.shape)
         segments = real.astype(jnp.int32)
-        out = forward(config, params, tokens, dtype, segment_ids=segments, cache=cache, logits="all", lengths=lengths)
+        out = forward(
+            *(config, params, tokens, dtype, options),
+            segment_ids=segments,
+            cache=cache,
+            logits="all",
+            lengths=lengths,
+        )
         assert out.cache is not None and out.logits is not None
         chosen = jnp.take_along_axis(out.logits, targets[..., None], axis=-1)[..., 0]
         return out.cache, jax.nn.logsumexp(out.logits, axis=-1) - chosen

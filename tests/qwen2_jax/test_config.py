@@ -194,6 +194,10 @@ def dual_chunk(**block):
             "beta_fast .* larger than beta_slow",
         ),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}}, "truncate must be true or false, got 1"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": None}},
+            "truncate must be true or false, got null",
+        ),
         ({"rope_scaling": "yarn"}, "rope_scaling: expected an object, got 'yarn'"),
         ({"rope_scaling": {"factor": 4.0}}, "unknown keys .* to use YaRN, set rope_type to 'yarn'"),
         (
@@ -207,8 +211,9 @@ def dual_chunk(**block):
         (dual_chunk(chunk_size=8), "dual_chunk_attention_config: local_size missing"),
         (dual_chunk(chunk_size=8, local_size=8), r"local_size \(8\) must be smaller than chunk_size \(8\)"),
         (dual_chunk(chunk_size=8, local_size=4), "local_size .4. must be smaller than the 4 tokens .* at most 3"),
-        (dual_chunk(chunk_size=8.0, local_size=2), "chunk_size must be a whole number, not negative, got 8.0"),
-        (dual_chunk(chunk_size=8, local_size=-1), "local_size must be a whole number, not negative, got -1"),
+        (dual_chunk(chunk_size=8.0, local_size=2), "chunk_size must be a whole number from 0 to .*, got 8.0"),
+        (dual_chunk(chunk_size=2**40, local_size=2), "chunk_size must be a whole number from 0 to 1073741824"),
+        (dual_chunk(chunk_size=8, local_size=-1), "local_size must be a whole number from 0 to .*, got -1"),
         (dual_chunk(chunk_size=8, local_size=2, window=3), r"unknown keys \['window'\]"),
         (dual_chunk(chunk_size=8, local_size=2, temperature="key"), "temperature must be one of query, prompt"),
         (dual_chunk(chunk_size=8, local_size=2, sparse_attention_enabled=True), "sparse attention .* not supported"),

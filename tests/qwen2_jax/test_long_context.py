@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_jax import Qwen2, Qwen2Config, generate
+from qwen2_jax import Generation, Qwen2, Qwen2Config, generate
 from qwen2_jax.cache import empty_cache
 from qwen2_jax.dual_chunk import DualChunk
 from qwen2_jax.layers import Options
@@ -149,9 +149,32 @@ def test_generation_in_pieces(chunk):
     run = partial(generate, config, params, tokens, [LENGTH, 9, 33], max_new_tokens=20)
     expected = run()
     np.testing.assert_array_equal(run(prefill_chunk=chunk), expected)
+    one = Generation(config, params, tokens[:, :5], prefill_chunk=1000, max_new_tokens=16)
+    assert one._state.cache.size == 32  # a piece longer than the prompt does not make the prompt longer
     for row, length in enumerate([LENGTH, 9, 33]):
         alone = generate(config, params, tokens[row : row + 1, :length], max_new_tokens=20)
         np.testing.assert_array_equal(expected[row : row + 1], alone)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "chunked", "pallas"])
+def test_generation_by_every_path(implementation):
+    config = CONFIGS["dense"]
+    params = init_params(config, jax.random.key(0))
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 40), dtype=np.int32)
+    expected = generate(config, params, tokens, [40, 9], max_new_tokens=5)
+    got = generate(config, params, tokens, [40, 9], max_new_tokens=5, options=Options(attention=implementation))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_prefill_lets_kernels_know_that_rows_are_whole():
+    """Then cuDNN's parts, which take no mask, can compute it; without a GPU, that is the only complaint left."""
+    config = dataclasses.replace(CONFIGS["dense"], dual_chunk=None)
+    params = init_params(config, jax.random.key(0), jnp.bfloat16)
+    run = partial(generate, config, params, np.ones((2, 9), np.int32), [9, 4], max_new_tokens=5)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        run(options=Options(attention="cudnn"))
+    with pytest.raises(ValueError, match="does not go with segment_ids, positions or a cache"):
+        run(options=Options(attention="cudnn"), prefill_chunk=4)
 
 
 def test_modes():
@@ -162,11 +185,31 @@ def test_modes():
     assert modes["dca"].dual_chunk == DualChunk(32768, 1024)
     assert modes["dca-temperature"].dual_chunk == DualChunk(32768, 1024, 32768)
     assert (modes["dca-yarn"].yarn, modes["dca-yarn"].dual_chunk) == (Yarn(4.0, 32768), DualChunk(32768, 1024))
-    sized = LongContext("dca-temperature", 4096, chunk_size=3072, local_size=256, temperature_of="prompt")
+    sized = LongContext(
+        "dca-temperature", trained_length=4096, chunk_size=3072, local_size=256, temperature_of="prompt"
+    )
     assert sized.configure(config, length).dual_chunk == DualChunk(3072, 256, 4096, "prompt")
     shipped = dataclasses.replace(config, dual_chunk=DualChunk(262144, 8192, 262144))
     assert LongContext().configure(shipped, length) == shipped
     assert LongContext("dca").configure(shipped, length).dual_chunk == DualChunk(262144, 8192)
+
+
+@pytest.mark.parametrize("yarn", [None, Yarn(4.0, 32768), Yarn(1.0, 32768, attention_factor=1.5)])
+@pytest.mark.parametrize("dual_chunk", [None, DualChunk(4096, 64), DualChunk(4096, 64, 2048, "prompt")])
+def test_without_options_the_checkpoint_is_followed(yarn, dual_chunk):
+    config = dataclasses.replace(PUBLISHED["qwen2-7b-instruct"], yarn=yarn, dual_chunk=dual_chunk)
+    for length in (1, 40000, 1 << 20):
+        assert LongContext().configure(config, length) == config
+
+
+def test_reach():
+    config = PUBLISHED["qwen2-7b-instruct"]
+    assert LongContext().reach(config) == 32768
+    assert LongContext("yarn").reach(config) == 1 << 20
+    assert LongContext("yarn", yarn_factor=4.0).reach(config) == 131072
+    assert LongContext("dca-temperature").reach(config) is None
+    for options in (LongContext("yarn"), LongContext("yarn", trained_length=1000), LongContext("dca-yarn")):
+        options.configure(config, options.reach(config) or 1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +220,9 @@ def test_modes():
         (LongContext("dca", temperature_of="prompt"), "mode dca does not read temperature_of; mode"),
         (LongContext("yarn", yarn_factor=0.5), "factor must be at least 1"),
         (LongContext("yarn", trained_length=0), "the trained length must be at least 1, got 0"),
+        (LongContext("dca", chunk_size=0), "smaller than chunk_size .0."),
+        (LongContext("dca", chunk_size=65536), "chunk_size .65536. must not exceed the trained length .32768."),
+        (LongContext("dca", trained_length=4096, chunk_size=8192), "must not exceed the trained length .4096."),
         (LongContext("dca", chunk_size=64, local_size=64), "local_size .64. must be smaller than chunk_size .64."),
         (LongContext("dca", chunk_size=64, local_size=32), "it can be at most 31"),
     ],

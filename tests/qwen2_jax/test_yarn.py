@@ -106,4 +106,7 @@ def test_the_checkpoint_says_unless_the_run_does():
     assert LongContext(yarn_factor="auto").configure(config, 100).yarn is None
     assert LongContext(yarn_factor="auto").configure(config, 40000).yarn == Yarn(2.0, 32768, beta_fast=24.0)
     assert LongContext("plain").configure(config, 100).yarn is None
+    fixed = dataclasses.replace(config, yarn=Yarn(4.0, 32768, attention_factor=1.5))
+    assert LongContext(yarn_factor="auto").configure(fixed, 131072).yarn == fixed.yarn
+    assert LongContext(yarn_factor="auto").configure(fixed, 40000).yarn == Yarn(2.0, 32768)
     assert LongContext(yarn_factor=8.0).configure(config, 100).yarn == Yarn(8.0, 32768, beta_fast=24.0)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qwen2_jax.attention import attend
 from qwen2_jax.dual_chunk import DualChunk
@@ -15,8 +15,10 @@ def mesh_of(**axes):
     return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("implementation", ["chunked", "dense"])
+@pytest.mark.parametrize(
+    ("implementation", "rows"),
+    [("chunked", 1), ("chunked", 2), ("dense", 4), ("pallas", 4)],  # pallas is interpreted
+)
 def test_equals_one_device(rows, implementation):
     segments = [[1] * 20 + [2] * 13, [0] * 3 + [1] * 30, [1] * 33, [1] * 31 + [0] * 2][:rows]
     case = make(segments, dual_chunk=DualChunk(9, 2))
@@ -33,6 +35,18 @@ def test_equals_one_device(rows, implementation):
 
     for ours, alone in zip(*run(*arguments), strict=True):
         np.testing.assert_allclose(ours, alone, atol=1e-5)
+
+
+def test_rows_are_split_over_the_axes_that_divide_them():
+    case = make([[1] * 8] * 2)
+    mesh = mesh_of(data=2, fsdp=4)
+    split = attention_over_heads(mesh, "dense")
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    arguments = [jax.device_put(x, by_row) for x in (case.query, case.rotated_key(), case.value)]
+    run = jax.jit(lambda *qkv: attend(*qkv, case.rotations().query, case.context(), split))
+    compiled = run.lower(*arguments).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert compiled.output_shardings.spec == PartitionSpec("data")
 
 
 def test_refuses():

@@ -194,6 +194,16 @@ def test_work(dual_chunk):
         assert len(needed) == 16 * 17 / 2  # the causal minimum: no block is met twice
 
 
+def test_rows_need_no_more_than_one_of_them_does():
+    """Rows whose documents begin elsewhere do not make each other meet blocks by rotations that none of them needs."""
+    rows = [[1] * 64, [1] * 32 + [2] * 32, [1] * 20 + [2] * 12 + [3] * 32]
+    dual_chunk = DualChunk(12, 4)
+    counts = [chunked.steps(make([row], dual_chunk=dual_chunk).context(), 3) for row in rows]
+    together = chunked.steps(make(rows, dual_chunk=dual_chunk).context(), 3)
+    assert max(counts) <= together <= sum(counts)
+    assert chunked.steps(make([rows[1]] * 3, dual_chunk=dual_chunk).context(), 3) == counts[1]
+
+
 def test_long_inputs_take_the_chunked_path(monkeypatch):
     monkeypatch.setattr(chunked, "BLOCK", 512)
     case = make([[1] * 2048])

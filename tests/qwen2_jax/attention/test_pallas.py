@@ -2,10 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +13,10 @@ from qwen2_jax.attention.context import part_of, visible
 from qwen2_jax.attention.flash import flash_attention
 from qwen2_jax.attention.pallas_steps import steps, unpacked
 from qwen2_jax.dual_chunk import DualChunk
+from qwen2_jax.model import default_positions
 from qwen2_jax.rope import Rotation
 from tests.qwen2_jax.attention.cases import assert_paths_agree, make, value_and_gradient
+from tests.tpu import run_for_tpu
 
 BLOCK = 4  # of float32; the constants count two-byte elements
 
@@ -145,8 +143,7 @@ def listed(segments, rotations, chunk, by_keys=False, query_start=0, queries=Non
     """The steps of each row, unpacked to lists of ints, and the [B, T, S] of what is seen and by which rotation."""
     segments = jnp.asarray(segments, jnp.int32)
     length = segments.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], segments.shape)
-    chunks = positions // chunk
+    chunks = default_positions(segments) // chunk
     now = slice(query_start, query_start + (length if queries is None else queries))
     context = Context(
         *(jnp.int32(query_start), jnp.int32(0), segments[:, now], segments, chunks[:, now], chunks),
@@ -244,16 +241,7 @@ def test_compiles_for_tpu(topology, width, rotations):
         "import json; from tests.qwen2_jax.attention.test_pallas import compile_for_tpu; "
         f"print(json.dumps(compile_for_tpu({topology!r}, {width}, {rotations}, 4096)))"
     )
-    environment = dict(
-        os.environ,
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nobody owns a chip here
-        JAX_PLATFORMS="cpu",
-        TPU_ACCELERATOR_TYPE="v5p-8",
-        TPU_SKIP_MDS_QUERY="1",
-        TPU_WORKER_HOSTNAMES="localhost",
-    )
-    root = Path(__file__).parents[3]
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    run = run_for_tpu("-c", code)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["kernels"] == 3
