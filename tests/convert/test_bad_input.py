@@ -211,7 +211,7 @@ BAD = {
         "loading a pickle can run code",
     ),
     "both": (replace(INDEX, b"{}"), "holds both model.safetensors and model.safetensors.index.json"),
-    "index not JSON": (change_index(lambda index, folder: "{"), f"{INDEX}: "),
+    "index not JSON": (change_index(lambda index, folder: "{"), f"{INDEX} is not JSON that can be read: "),
     "index empty": (change_index(lambda index, folder: "{}"), "expected an object with a weight_map"),
     "index twice": (
         change_index(lambda index, folder: '{"weight_map": {"a": "b", "a": "c"}}'),

@@ -47,7 +47,7 @@ def test_against_loop(implementation, documents, chunks):
 
 
 # s = 8 tokens to a chunk, C = 11: every border of a chunk, of the clamp and of the blocks of 4.
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 24, 25, 26, 33, 41])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 11, 12, 13, 16, 17, 25, 33])
 def test_gradient_at_every_border(length):
     case = make([[1] * length], heads=3, kv_heads=1, seed=length, dual_chunk=DualChunk(11, 3, 9))
     assert_paths_agree(case, "chunked")

@@ -127,10 +127,22 @@ def test_multi_needle_scores_shares(run, needle, finder):
 
 def test_other_settings_need_another_folder(run, refused, needle, finder, model, tmp_path):
     assert run(*needle)[0] == 0
-    refused(*needle, "--samples", 2, because="samples: 1, now 2")
     refused(*needle, "--seed", 1, because="seed: 0, now 1")
-    refused(*needle, "--mode", "yarn", because='modes: ["checkpoint"], now ["yarn"]')
-    assert run(*needle, "--samples", 2, "--overwrite")[0] == 0
+    refused(*needle, "--task", "key-value", because='task: "needle", now "key-value"')
+    assert run(*needle, "--seed", 1, "--overwrite")[0] == 0
+
+
+def test_more_of_the_same_keeps_what_is_there(run, needle, finder, tmp_path):
+    out = tmp_path / "out"
+    assert run(*needle)[0] == 0
+    before = (out / "needle.jsonl").read_text().splitlines()
+    assert run(*needle, "--samples", 2, "--mode", "checkpoint,yarn")[0] == 0
+    after = (out / "needle.jsonl").read_text().splitlines()
+    assert after[: len(before)] == before
+    assert len(after) - 1 == 4 * (len(before) - 1)
+    assert len(json.loads((out / "needle.json").read_text())["samples"]) == len(after) - 1
+    assert run(*needle)[0] == 0  # and less of it: only what is asked for is shown
+    assert len(json.loads((out / "needle.json").read_text())["samples"]) == len(before) - 1
 
 
 def test_needle_mistakes(refused, needle, tmp_path, text):
