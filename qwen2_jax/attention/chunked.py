@@ -38,8 +38,7 @@ class _Blocks:
         self.q_count = self.q_segments.shape[1] // self.q_size
         self.k_count = self.k_segments.shape[1] // self.k_size
         self.parts = parts
-        self._q_spans = spans(self.q_segments, self.q_chunks, self.q_size)
-        self._k_spans = spans(self.k_segments, self.k_chunks, self.k_size)
+        self._first, self._stop = self._parts_between()
 
     def pad_q(self, x: jax.Array, dim: int) -> jax.Array:
         return pad(x, dim, self.q_size)
@@ -58,12 +57,18 @@ class _Blocks:
         last_query = self.query_start + (i + 1) * self.q_size - 1
         return jnp.clip((last_query - self.key_start) // self.k_size + 1, 0, self.k_count)
 
-    def parts_between(self, i: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The range of rotations by which query block i meets key block j in some row: rows share their loops."""
-        q, k = (Span(*(ends[:, at] for ends in span)) for span, at in ((self._q_spans, i), (self._k_spans, j)))
-        first, stop = parts_between(q, k, self.parts)
+    def _parts_between(self) -> tuple[jax.Array, jax.Array]:
+        """[query blocks, key blocks] each: the range of rotations by which two blocks meet in some row.
+
+        Rows share their loops. Known before these begin: rows on several devices then agree once, not at every step.
+        """
+        queries = spans(self.q_segments, self.q_chunks, self.q_size)
+        keys = spans(self.k_segments, self.k_chunks, self.k_size)
+        first, stop = parts_between(
+            Span(*(ends[:, :, None] for ends in queries)), Span(*(ends[:, None, :] for ends in keys)), self.parts
+        )
         met = stop > first
-        return jnp.where(met, first, self.parts).min(), jnp.where(met, stop, 0).max()
+        return jnp.where(met, first, self.parts).min(axis=0), jnp.where(met, stop, 0).max(axis=0)
 
     def seen(self, i: jax.Array, j: jax.Array, part: jax.Array) -> jax.Array:
         """[B, 1, 1, T, S]: which keys of block j the queries of block i see, by rotation `part`."""
@@ -92,8 +97,7 @@ class _Blocks:
         """Runs step(j, part, carry) for every block j of keys and rotation that query block i may need."""
 
         def key_block(j, carry):
-            first, stop = self.parts_between(i, j)
-            return lax.fori_loop(first, stop, lambda part, carry: step(j, part, carry), carry)
+            return lax.fori_loop(self._first[i, j], self._stop[i, j], lambda part, carry: step(j, part, carry), carry)
 
         return lax.fori_loop(0, self.keys_until(i), key_block, carry)
 

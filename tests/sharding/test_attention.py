@@ -59,3 +59,23 @@ def test_refuses():
         )
     with pytest.raises(ValueError, match="attention must be one of"):
         attention_over_heads(mesh, "flash")
+
+
+def test_rows_on_several_devices_agree_once():
+    """The compiler splits "chunked" by rows itself; devices agree which blocks to meet, and only ahead of the loops."""
+    case = make([[1] * 20 + [2] * 13] * 4, dual_chunk=DualChunk(9, 2))
+    mesh = mesh_of(data=4)
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+    query, key, value, segments = (
+        jax.device_put(x, by_row) for x in (case.query, case.rotated_key(), case.value, case.context().query_segments)
+    )
+    chunks = jax.device_put(case.context().query_chunks, by_row)
+    context = case.context().replace(
+        query_segments=segments, key_segments=segments, query_chunks=chunks, key_chunks=chunks
+    )
+    rotation = jax.device_put(case.rotations().query, NamedSharding(mesh, PartitionSpec(None, "data")))
+    run = jax.jit(lambda *qkv: attend(*qkv, "chunked"))
+    text = run.lower(query, key, value, rotation, context).compile().as_text()
+    assert "all-gather" not in text
+    assert "all-reduce(" not in text.partition("ENTRY ")[0]
+    np.testing.assert_allclose(run(query, key, value, rotation, context), case.expected(), atol=1e-5)
