@@ -104,5 +104,6 @@ def assert_paths_agree(case, implementation, relative=1e-4):
     (ours, *our_gradients), (reference, *gradients) = both(*arguments)
     np.testing.assert_allclose(ours, reference, atol=1e-5)
     for gradient, expected in zip(our_gradients, gradients, strict=True):
-        assert np.abs(gradient - expected).max() <= relative * np.abs(expected).max()
+        # A row that sees a single key has no gradient in query and key: of nothing, only rounding is left.
+        assert np.abs(gradient - expected).max() <= relative * max(np.abs(expected).max(), 1e-2)
     return ours
