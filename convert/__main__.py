@@ -1,9 +1,8 @@
 """What `python -m convert` runs: `qwen2-jax convert`."""
 
-from qwen2_jax.command import end_process, interrupt_by_exception, prepare_process
+from qwen2_jax.command import end_process, prepare_process
 
 prepare_process()
-interrupt_by_exception()
 
 from convert.cli import main  # noqa: E402  (slower, and the streams must be there before it)
 

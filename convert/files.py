@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2_jax.json_object import JSON_LIMIT, parse_json
+from qwen2_jax.json_object import JSON_LIMIT, parse_json, printable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -158,7 +158,7 @@ def read_json(path: Path) -> Any:
 
 def shown(path: str | os.PathLike[str], limit: int = 300) -> str:
     """A path, safe to print: as it is if it is printable, and not long."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in os.fspath(path))
+    text = printable(os.fspath(path))
     return text if len(text) <= limit else f"{text[: limit // 2]}...{text[-limit // 2 :]}"
 
 

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from qwen2_jax.json_object import printable
+
 INTERRUPTED = 128 + signal.SIGINT
 _READER_GONE = 128 + signal.SIGPIPE
 
@@ -139,7 +141,7 @@ def _raised_by_us(error: Exception) -> bool:
 
 def _one_line(text: str) -> str:
     """Safe for a terminal: names and values in it may come from files of somebody else."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    line = printable(" ".join(text.split()))
     return line if len(line) <= _HEAD + _TAIL else f"{line[:_HEAD]} ... {line[-_TAIL:]}"
 
 

@@ -230,9 +230,7 @@ def checked_prompts(
             f"every prompt must have 1 to {width} tokens, got lengths from {lengths.min()} to {lengths.max()}"
         )
     tokens = np.where(np.arange(width)[None] < lengths[:, None], tokens, 0)
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
-        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
+    check_ids(config, tokens)
     limits = np.asarray(max_new_tokens)
     if limits.shape not in ((), (rows,)) or not np.issubdtype(limits.dtype, np.integer) or limits.min() < 1:
         raise ValueError(
@@ -247,6 +245,13 @@ def checked_prompts(
             f"{config.max_length}; shorten them, or see `qwen2_jax.long_context` for longer inputs (--mode)"
         )
     return tokens.astype(np.int32), lengths.astype(np.int32), limits.astype(np.int32)
+
+
+def check_ids(config: Qwen2Config, tokens: np.ndarray) -> None:
+    """Raises ValueError for ids outside the vocabulary; `tokens` holds at least one."""
+    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
+        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
 
 
 def bucket(length: int) -> int:

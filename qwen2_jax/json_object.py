@@ -58,6 +58,11 @@ def parse_json(text: bytes, what: str) -> Any:
         raise ValueError(f"{what} is not JSON that can be read: {error}") from None
 
 
+def printable(text: str) -> str:
+    """`text` with its control characters, and others that no terminal shows, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def brief(value: object, limit: int = 80) -> str:
     """`value` from a file, safe to print: one line, no control characters, not long."""
     text = ascii(value)

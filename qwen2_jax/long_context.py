@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -25,8 +25,6 @@ READERS: Mapping[str, tuple[Mode, ...]] = {
 
 YARN_FACTORS = (1, 2, 4, 8, 16, 32)
 """What a factor is picked from for a request; each is one compiled program more at most."""
-
-_WITH_YARN = ("yarn", "dca-yarn")
 
 _LOCAL_SHARE = 32
 """local_size is this part of chunk_size by default, as in Qwen2.5-1M."""
@@ -74,18 +72,18 @@ class LongContext(LongContextNumbers):
           ValueError: for an option that the mode cannot honour, numbers out of range, or a length out of reach.
         """
         mode = self.mode or _mode_of(config)
-        self._refuse_idle(mode)
+        refuse_idle(self, [mode])
         if self.trained_length is not None and self.trained_length < 1:
             raise ValueError(f"the trained length must be at least 1, got {self.trained_length}")
         return dataclasses.replace(
             config,
-            yarn=self._yarn(config, length) if mode in _WITH_YARN else None,
-            dual_chunk=self._dual_chunk(config) if mode.startswith("dca") else None,
+            yarn=self._yarn(config, length) if mode in READERS["yarn_factor"] else None,
+            dual_chunk=self._dual_chunk(config) if mode in READERS["chunk_size"] else None,
         )
 
     def reach(self, config: Qwen2Config) -> int | None:
         """The longest request that `configure` has a configuration for; None if there is no bound."""
-        if (self.mode or _mode_of(config)) in _WITH_YARN and self._factor(config) == "auto":
+        if (self.mode or _mode_of(config)) in READERS["yarn_factor"] and self._factor(config) == "auto":
             return YARN_FACTORS[-1] * self.trained(config)
         return self.configure(config, 1).max_length
 
@@ -141,12 +139,17 @@ class LongContext(LongContextNumbers):
             original = trained
         return dataclasses.replace(block, original_max_position_embeddings=original if tempered else 0)
 
-    def _refuse_idle(self, mode: Mode) -> None:
-        """An option that the mode does not read is a mistake, not a wish."""
-        idle = [name for name, modes in READERS.items() if getattr(self, name) is not None and mode not in modes]
-        if idle:
-            needed = " or ".join(dict.fromkeys(itertools.chain.from_iterable(READERS[name] for name in idle)))
-            raise ValueError(f"mode {mode} does not read {' and '.join(idle)}; mode {needed} does")
+
+def refuse_idle(numbers: LongContextNumbers, modes: Sequence[str]) -> None:
+    """Raises ValueError for numbers that no one of `modes` reads: a mistake, not a wish."""
+    idle = [
+        name
+        for name, readers in READERS.items()
+        if getattr(numbers, name) is not None and not any(mode in readers for mode in modes)
+    ]
+    if idle:
+        needed = " or ".join(dict.fromkeys(itertools.chain.from_iterable(READERS[name] for name in idle)))
+        raise ValueError(f"mode {', '.join(modes)} does not read {' and '.join(idle)}; mode {needed} does")
 
 
 def _mode_of(config: Qwen2Config) -> Mode:

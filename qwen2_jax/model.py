@@ -87,16 +87,14 @@ class Qwen2(nn.Module):
             raise ValueError(f"moe must be one of {', '.join(BACKENDS)}, got {self.options.moe!r}")
         tokens = jnp.asarray(tokens, jnp.int32)
         whole_rows = right_padded or (segment_ids is None and positions is None and cache is None)
-        if cache is not None:
-            whole_rows = whole_rows and cache.size == tokens.shape[1]
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
         if positions is None:
             positions = default_positions(segment_ids, cache)
         positions = jnp.asarray(positions, jnp.int32)
-        if cache is not None:
-            cache.check_room(tokens.shape[1])
         start, key_segments, key_positions = jnp.zeros((), jnp.int32), segment_ids, positions
         if cache is not None:
+            cache.check_room(tokens.shape[1])
+            whole_rows = whole_rows and cache.size == tokens.shape[1]
             start = cache.length
             key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
             key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, start))

@@ -99,5 +99,6 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 def rotate_gradient(gradient: jax.Array, rotation: Rotation) -> jax.Array:
-    """The gradient of x, given that of `rotate(x, rotation)`."""
-    return rotate(gradient, Rotation(rotation.cos, -rotation.sin))
+    """The gradient of x, given that of `rotate(x, rotation)`, in the dtype of the latter."""
+    cos, sin = (table.astype(gradient.dtype) for table in rotation)
+    return rotate(gradient, Rotation(cos, -sin))

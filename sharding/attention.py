@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from qwen2_jax.attention import IMPLEMENTATIONS, Context
+from qwen2_jax.attention import Context, implementation_named
 from qwen2_jax.rope import Rotation
 from sharding.rules import check_mesh
 
@@ -24,9 +24,7 @@ def attention_over_heads(mesh: Mesh, implementation: str) -> Callable[..., jax.A
         divide.
     """
     check_mesh(mesh)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    local = IMPLEMENTATIONS[implementation]
+    local = implementation_named(implementation)
     heads = "tensor" if "tensor" in mesh.axis_names else None
 
     def attention(query: jax.Array, key: jax.Array, value: jax.Array, rotation: Rotation, context: Context):

@@ -25,6 +25,13 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+def implementation_named(name: str) -> Callable[..., jax.Array]:
+    """The function of the grouped query, key, value, rotation and context. Raises ValueError for an unknown name."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    return IMPLEMENTATIONS[name]
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -58,9 +65,7 @@ def attend(
         small = queries * keys <= _DENSE_LIMIT and scores <= _DENSE_TOTAL
         implementation = "dense" if small else "chunked"
     if isinstance(implementation, str):
-        if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"attention must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-        implementation = IMPLEMENTATIONS[implementation]
+        implementation = implementation_named(implementation)
     # [B, K, G, T, H]: batch axes first, so that no product needs a transposition.
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
     out = implementation(grouped, key, value, rotation, context)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qwen2_jax.attention.context import Context, Span, pad, part_of, parts_between, spans, visible
+from qwen2_jax.attention.context import Context, Span, in_blocks, pad, part_of, parts_between, spans, visible
 from qwen2_jax.attention.flash import Kernel
 from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero, scores, weighted
 from qwen2_jax.einsum import einsum
@@ -28,12 +28,8 @@ class _Blocks:
     def __init__(self, context: Context, parts: int):
         queries, keys = context.query_segments.shape[1], context.key_segments.shape[1]
         self.q_size, self.k_size = min(BLOCK, queries), min(BLOCK, keys)
-        # Padding belongs to segment 0, which nobody sees and whose queries see nobody.
-        self.q_segments, self.k_segments = self.pad_q(context.query_segments, 1), self.pad_k(context.key_segments, 1)
-        self.q_chunks, self.k_chunks = jnp.zeros_like(self.q_segments), jnp.zeros_like(self.k_segments)
-        if parts > 1:
-            assert context.query_chunks is not None and context.key_chunks is not None
-            self.q_chunks, self.k_chunks = self.pad_q(context.query_chunks, 1), self.pad_k(context.key_chunks, 1)
+        labels = in_blocks(context, parts, self.q_size, self.k_size)
+        self.q_segments, self.k_segments, self.q_chunks, self.k_chunks = labels
         self.query_start, self.key_start = context.query_start, context.key_start
         self.q_count = self.q_segments.shape[1] // self.q_size
         self.k_count = self.k_segments.shape[1] // self.k_size
@@ -87,8 +83,7 @@ class _Blocks:
 
     def rotated_gradient(self, gradient: jax.Array, rotation: Rotation, i: jax.Array) -> jax.Array:
         """The gradient [B, K, G, T, H] of block i, given that of `rotated`, [R, B, K, G, T, H]."""
-        turned = self._rotation(Rotation(*(table.astype(gradient.dtype) for table in rotation)), i)
-        return rotate_gradient(gradient, turned).sum(axis=0)
+        return rotate_gradient(gradient, self._rotation(rotation, i)).sum(axis=0)
 
     def _rotation(self, rotation: Rotation, i: jax.Array) -> Rotation:
         return Rotation(*(self.q_block(table, 2, i)[:, :, None, None] for table in rotation))

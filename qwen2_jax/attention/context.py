@@ -46,6 +46,21 @@ def part_of(query_chunks: jax.Array, key_chunks: jax.Array, rotations: int) -> j
     return jnp.clip(query_chunks[:, :, None] - key_chunks[:, None, :], 0, rotations - 1)
 
 
+def in_blocks(
+    context: Context, rotations: int, q_size: int, k_size: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Segments of queries and keys, then their chunks, each for whole blocks; one rotation has one chunk of everything.
+
+    What is added belongs to segment 0, padding, which nobody sees and whose queries see nobody.
+    """
+    q_segments, k_segments = pad(context.query_segments, 1, q_size), pad(context.key_segments, 1, k_size)
+    q_chunks, k_chunks = jnp.zeros_like(q_segments), jnp.zeros_like(k_segments)
+    if rotations > 1:
+        assert context.query_chunks is not None and context.key_chunks is not None
+        q_chunks, k_chunks = pad(context.query_chunks, 1, q_size), pad(context.key_chunks, 1, k_size)
+    return q_segments, k_segments, q_chunks, k_chunks
+
+
 class Span(NamedTuple):
     """The smallest and largest segment and chunk in blocks of tokens, each [B, blocks] int32; padding does not count.
 

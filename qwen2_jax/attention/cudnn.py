@@ -50,7 +50,7 @@ def _forward(query, key, value, rotation, context):
     for parts in _parts(length, chunk):
         total = None
         for part in parts:
-            turned = _turned(query, rotation, part)
+            turned = rotate(query[:, :, :, part.queries], _angle(rotation, part))
             k, v = key[:, :, part.keys], value[:, :, part.keys]
             one = _ungrouped_call(_part_forward, turned, k, v, part.causal)
             total = one if total is None else merge(total, one)
@@ -70,10 +70,10 @@ def _backward(query, key, value, rotation, context, out, lse, dout):
             rows = (slice(None),) * 3 + (part.queries,)
             k, v = key[:, :, part.keys], value[:, :, part.keys]
             whole = out[rows], lse[rows], dout[rows]
-            turned = _turned(query, rotation, part)
-            dturned, dk, dv = _ungrouped_call(_part_backward, turned, k, v, part.causal, *whole)
             angle = _angle(rotation, part)
-            dquery += rotate_gradient(dturned.astype(jnp.float32), jax.tree.map(lambda x: x.astype(jnp.float32), angle))
+            turned = rotate(query[rows], angle)
+            dturned, dk, dv = _ungrouped_call(_part_backward, turned, k, v, part.causal, *whole)
+            dquery += rotate_gradient(dturned.astype(jnp.float32), angle)
             dkey = dkey.at[:, :, part.keys].add(dk.astype(jnp.float32))
             dvalue = dvalue.at[:, :, part.keys].add(dv.astype(jnp.float32))
         dqueries.append(dquery.astype(query.dtype))
@@ -107,10 +107,6 @@ def _check(query: jax.Array, key: jax.Array, context: Context) -> tuple[int, int
 
 def _angle(rotation: Rotation, part: _Part) -> Rotation:
     return jax.tree.map(lambda table: table[part.rotation, :, part.queries][:, None, None], rotation)
-
-
-def _turned(query: jax.Array, rotation: Rotation, part: _Part) -> jax.Array:
-    return rotate(query[:, :, :, part.queries], _angle(rotation, part))
 
 
 def _ungrouped_call(function, query, key, value, causal, *whole):

@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qwen2_jax.attention.context import Context, pad
+from qwen2_jax.attention.context import Context, in_blocks, pad
 from qwen2_jax.attention.flash import Kernel
 from qwen2_jax.attention.pallas_steps import MOST_BLOCKS, Step, steps, unpacked
 from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero
@@ -334,12 +334,8 @@ def _prepared(query, key, value, rotation: Rotation, context: Context) -> tuple[
     q_block, k_block = _block(queries, BLOCK_QUERIES // shrink), _block(key.shape[2], BLOCK_KEYS // shrink)
     pad_q, pad_k = functools.partial(pad, size=q_block), functools.partial(pad, size=k_block)
 
-    q_segments, k_segments = pad_q(context.query_segments, 1), pad_k(context.key_segments, 1)
-    q_chunks, k_chunks = jnp.zeros_like(q_segments), jnp.zeros_like(k_segments)
-    if parts > 1:
-        assert context.query_chunks is not None and context.key_chunks is not None
-        q_chunks, k_chunks = pad_q(context.query_chunks, 1), pad_k(context.key_chunks, 1)
-    context = Context(context.query_start, context.key_start, q_segments, k_segments, q_chunks, k_chunks)
+    labels = q_segments, k_segments, q_chunks, k_chunks = in_blocks(context, parts, q_block, k_block)
+    context = Context(context.query_start, context.key_start, *labels)
 
     cos, sin = (pad_q(table.swapaxes(2, 3), 3) for table in rotation)
     operands = _Operands(

@@ -83,6 +83,7 @@ def run(options: Options) -> int:
         for length in lengths
     }
     settings = {
+        **shared_settings(options.evaluation, session),
         "task": options.task,
         "lengths": lengths,
         "depths": depths,
@@ -95,8 +96,8 @@ def run(options: Options) -> int:
         "seed": options.seed,
     }
     cells = [_Cell(*key, depth, i) for key in configs for depth in depths for i in range(options.samples)]
-    with open_journal(NAME, options.evaluation, session, settings) as journal:
-        done = {_Cell(*(record[name] for name in _Cell._fields)) for record in journal.records}
+    with open_journal(NAME, options.evaluation, settings) as journal:
+        done = _by_cell(journal.records)
         left = [cell for cell in cells if cell not in done]
         with count_progress("prompts", len(cells) - len(left), len(cells), quiet=options.evaluation.json) as update:
             for key, group in itertools.groupby(left, lambda cell: (cell.mode, cell.length)):
@@ -105,9 +106,13 @@ def run(options: Options) -> int:
                     batch = alike[first : first + size]
                     journal.append(*source.ask(batch, configs[key]))
                     update(len(batch), "{}, {} tokens".format(*key))
-        of_cell = {_Cell(*(record[name] for name in _Cell._fields)): record for record in journal.records}
-    _publish(options, session, settings, [of_cell[cell] for cell in cells], configs)
+        done = _by_cell(journal.records)
+    _publish(options, session, settings, [done[cell] for cell in cells], configs)
     return 0
+
+
+def _by_cell(records: Sequence[dict[str, Any]]) -> dict[_Cell, dict[str, Any]]:
+    return {_Cell(*(record[name] for name in _Cell._fields)): record for record in records}
 
 
 def _check(options: Options) -> None:
@@ -188,7 +193,7 @@ def _publish(options: Options, session: Session, settings: dict, samples: list[d
 
     table = score_table(samples)
     report = {
-        "settings": {**shared_settings(options.evaluation, session), **settings},
+        "settings": settings,
         "trained_length": options.evaluation.modes.trained(session.config),
         "configurations": [describe(mode, length, config) for (mode, length), config in configs.items()],
         "table": table,

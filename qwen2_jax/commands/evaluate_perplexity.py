@@ -77,6 +77,7 @@ def run(options: Options) -> int:
         for mode, long_context in options.evaluation.modes.long_contexts().items()
     }
     settings = {
+        **shared_settings(options.evaluation, session),
         "text": [str(path) for path in options.text],
         "text_sha256": text_digest(text),
         "length": options.length,
@@ -84,7 +85,7 @@ def run(options: Options) -> int:
         "bucket": bucket,
     }
     cells = list(itertools.product(configs, range(options.windows)))
-    with open_journal(NAME, options.evaluation, session, settings) as journal:
+    with open_journal(NAME, options.evaluation, settings) as journal:
         done = {(record["mode"], record["window"]) for record in journal.records}
         left = [cell for cell in cells if cell not in done]
         with count_progress("windows", len(cells) - len(left), len(cells), quiet=options.evaluation.json) as update:
@@ -117,7 +118,7 @@ def _publish(options: Options, session: Session, settings: dict, records: list[d
     means = {mode: np.asarray([record["loss"] for record in records if record["mode"] == mode]) for mode in configs}
     table = loss_table(means, settings["bucket"], options.length - 1)
     report = {
-        "settings": {**shared_settings(options.evaluation, session), **settings},
+        "settings": settings,
         "trained_length": options.evaluation.modes.trained(session.config),
         "configurations": [describe(mode, options.length, config) for mode, config in configs.items()],
         "table": table,

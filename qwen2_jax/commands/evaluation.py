@@ -56,19 +56,19 @@ def open_session(options: EvaluationOptions) -> Session:
     return Session(SessionOptions(model=options.model, dtype=options.dtype))
 
 
-def open_journal(name: str, options: EvaluationOptions, session: Session, settings: Mapping[str, Any]) -> Journal:
-    """FOLDER/`name`.jsonl, of a run with these settings and those that every evaluation has.
+def open_journal(name: str, options: EvaluationOptions, settings: Mapping[str, Any]) -> Journal:
+    """FOLDER/`name`.jsonl, of a run with these settings.
 
     Batch size and pieces are no settings: who runs out of memory may go on with smaller ones. Nor is what only says
     which records are wanted: who wants more of them keeps those that are there.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {**shared_settings(options, session), **settings}
     compared = {key: value for key, value in settings.items() if key not in _WANTED}
     return Journal(options.out / f"{name}.jsonl", compared, options.overwrite)
 
 
 def shared_settings(options: EvaluationOptions, session: Session) -> dict[str, Any]:
+    """The settings that every evaluation has."""
     return {
         "model": options.model,
         "weights": _fingerprint(session.folder),

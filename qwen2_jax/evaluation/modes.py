@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from qwen2_jax.config import Qwen2Config
-from qwen2_jax.long_context import MODES, READERS, LongContext, LongContextNumbers
+from qwen2_jax.long_context import MODES, READERS, LongContext, LongContextNumbers, refuse_idle
 
 CHECKPOINT = "checkpoint"
 """The mode that config.json asks for."""
@@ -40,21 +40,13 @@ class Modes(LongContextNumbers):
         Raises:
           ValueError: for a mode that does not exist, or an option that none of the modes knows.
         """
-        options: dict[str, dict] = {name: {} for name in self.names}
-        for name in (field.name for field in dataclasses.fields(self) if field.name != "mode"):
-            if (value := getattr(self, name)) is None:
-                continue
-            readers = [mode for mode in options if mode in READERS[name]]
-            if not readers:
-                raise ValueError(
-                    f"mode {', '.join(options)} does not read {name}; mode {' or '.join(READERS[name])} does"
-                )
-            for mode in readers:
-                options[mode][name] = value
-        return {
-            name: LongContext(mode=next((mode for mode in MODES if mode == name), None), **values)
-            for name, values in options.items()
-        }
+        names = self.names
+        refuse_idle(self, names)
+        given = {name: value for name in READERS if (value := getattr(self, name)) is not None}
+        contexts = {CHECKPOINT: LongContext()}
+        for mode in MODES:
+            contexts[mode] = LongContext(mode, **{name: given[name] for name in given if mode in READERS[name]})
+        return {name: contexts[name] for name in names}
 
     def trained(self, config: Qwen2Config) -> int:
         """Tokens of the longest inputs that the model was trained on, as far as the options and config.json tell."""

@@ -12,6 +12,7 @@ from jax import lax
 
 from qwen2_jax.cache import empty_cache
 from qwen2_jax.config import Qwen2Config
+from qwen2_jax.generation import check_ids
 from qwen2_jax.layers import Options
 from qwen2_jax.model import Params, forward
 
@@ -61,9 +62,7 @@ def loss_by_position(
             f"{length} tokens are more than the model's {config.max_length} positions; shorten them, or see "
             "`qwen2_jax.evaluation.modes.reaching`"
         )
-    if tokens.min() < 0 or tokens.max() >= config.vocab_size:
-        wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
-        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")
+    check_ids(config, tokens)
     if piece < 1:
         raise ValueError(f"a piece must have at least 1 position, got {piece}")
     piece = min(piece, length)

@@ -22,6 +22,7 @@ from qwen2_jax.cli import JOBS, main
 from qwen2_jax.commands.chat import Chat
 from qwen2_jax.commands.session import Session, SessionOptions
 from qwen2_jax.tokenizer import Tokenizer
+from tests.oracles.published import INSTRUCT
 
 CONFIG = Qwen2Config(
     vocab_size=151936,
@@ -34,15 +35,6 @@ CONFIG = Qwen2Config(
     initializer_range=0.4,
     tie_word_embeddings=True,
 )
-INSTRUCT = {  # of Qwen2-7B-Instruct
-    "do_sample": True,
-    "temperature": 0.7,
-    "top_p": 0.8,
-    "top_k": 20,
-    "repetition_penalty": 1.05,
-    "eos_token_id": [151645, 151643],
-    "pad_token_id": 151643,
-}
 PROMPTS = ["What is the capital of France?", "你好，世界", "def add(a, b):"]
 
 

@@ -9,18 +9,9 @@ from qwen2_jax import Generation, Qwen2, Qwen2Config, generate, stream
 from qwen2_jax import generation as module
 from qwen2_jax.model import init_params, stack_layers
 from qwen2_jax.sampling import Sampling, next_token
+from tests.qwen2_jax.shapes import SMALL
 
-CONFIG = Qwen2Config(
-    vocab_size=50,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    tie_word_embeddings=True,
-    initializer_range=0.3,
-)
+CONFIG = Qwen2Config(**SMALL, max_position_embeddings=256, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,7 @@ import pytest
 from qwen2_jax.generation_config import GenerationConfig
 from qwen2_jax.json_object import parse_json, read_json_object
 from qwen2_jax.sampling import Sampling
-
-INSTRUCT = {  # of Qwen2-7B-Instruct
-    "do_sample": True,
-    "temperature": 0.7,
-    "top_p": 0.8,
-    "top_k": 20,
-    "repetition_penalty": 1.05,
-    "eos_token_id": [151645, 151643],
-    "pad_token_id": 151643,
-}
+from tests.oracles.published import INSTRUCT
 
 
 def test_what_files_say(tmp_path):

@@ -16,25 +16,15 @@ from qwen2_jax.long_context import MODES, LongContext
 from qwen2_jax.model import init_params, stack_layers
 from qwen2_jax.sizes import PUBLISHED
 from qwen2_jax.yarn import Yarn
+from tests.qwen2_jax.shapes import MOE, SMALL
 
-SMALL = dict(
-    vocab_size=50,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.3,
-    max_position_embeddings=16,
-    rope_theta=100.0,
-)
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=20)
+LONG = dict(SMALL, max_position_embeddings=16, rope_theta=100.0)
 DUAL_CHUNK = DualChunk(chunk_size=16, local_size=3, original_max_position_embeddings=16)  # chunks of 13
 CONFIGS = {
-    "dense": Qwen2Config(**SMALL, dual_chunk=DUAL_CHUNK),
-    "mixed": Qwen2Config(**{**SMALL, "num_hidden_layers": 4}, **MOE, decoder_sparse_step=2, dual_chunk=DUAL_CHUNK),
-    "with yarn": Qwen2Config(**SMALL, dual_chunk=DUAL_CHUNK, yarn=Yarn(4.0, 16)),
-    "temperature of the prompt": Qwen2Config(**SMALL, dual_chunk=dataclasses.replace(DUAL_CHUNK, temperature="prompt")),
+    "dense": Qwen2Config(**LONG, dual_chunk=DUAL_CHUNK),
+    "mixed": Qwen2Config(**{**LONG, "num_hidden_layers": 4}, **MOE, decoder_sparse_step=2, dual_chunk=DUAL_CHUNK),
+    "with yarn": Qwen2Config(**LONG, dual_chunk=DUAL_CHUNK, yarn=Yarn(4.0, 16)),
+    "temperature of the prompt": Qwen2Config(**LONG, dual_chunk=dataclasses.replace(DUAL_CHUNK, temperature="prompt")),
 }
 LENGTH = 60  # more than four chunks
 

@@ -12,17 +12,8 @@ from qwen2_jax.cache import empty_cache
 from qwen2_jax.layers import Options
 from qwen2_jax.model import abstract_params, default_positions, init_params, logical_axes, stack_layers, unstack_layers
 from qwen2_jax.remat import REMAT_POLICIES
+from tests.qwen2_jax.shapes import MOE, SMALL
 
-SMALL = dict(
-    vocab_size=50,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.3,
-)
-MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=20)
 CONFIGS = {
     "dense": Qwen2Config(**SMALL, tie_word_embeddings=True),
     "mixed": Qwen2Config(**{**SMALL, "num_hidden_layers": 4}, **MOE, decoder_sparse_step=2),
