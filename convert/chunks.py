@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -91,3 +92,9 @@ class Source(Protocol):
           OSError: if it cannot be read.
         """
         ...
+
+
+class FolderSource(Source, Protocol):
+    """A source whose numbers come from the checkpoint in `folder`."""
+
+    folder: Path

@@ -1,4 +1,4 @@
-"""`qwen2-jax convert`: bring checkpoints from and to Hugging Face, and compare them."""
+"""`qwen2-jax convert`: bring checkpoints from and to Hugging Face, compare them, make experts of a dense model."""
 
 import dataclasses
 import json
@@ -14,6 +14,7 @@ from convert.checkpoint import open_checkpoint
 from convert.conversion import Report, convert_from_hf, convert_to_hf
 from convert.files import listing, shown
 from convert.progress import progress_bar
+from convert.upcycle import Recipe, upcycle
 from convert.verify import Comparison, Difference, compare, logits_difference
 from qwen2_jax.command import exit_code, parse
 
@@ -76,6 +77,32 @@ class ToHf:
 
 
 @dataclasses.dataclass(frozen=True)
+class Upcycle:
+    """Make a mixture of experts of a dense model, as Qwen2-57B-A14B was made of Qwen2-7B: a checkpoint folder of ours.
+
+    Copies of each layer's feed-forward network, their units in random order, are laid end to end and cut into experts,
+    and a part of every expert is drawn anew. All else stays, bit for bit. Memory, interruption and DST are as for
+    from-hf; the same seed makes the same files. docs/upcycling.md says what the result computes.
+    """
+
+    src: Annotated[Positional[str], arg(metavar="DENSE")]
+    """The dense model: a folder, Hugging Face's or ours, or a hub id such as Qwen/Qwen2-7B (downloaded)."""
+    dst: Annotated[Positional[Path], arg(metavar="DST")]
+    """Folder to create."""
+    recipe: Annotated[Recipe, arg(name="")]
+    dtype: Dtype = None
+    """Number format of the weights written."""
+    max_host_memory: Size = "2GiB"
+    """Memory that this process may take up, such as 512MB; one matrix of a dense layer must fit."""
+    overwrite: bool = False
+    """Replace a checkpoint at DST, once the new one is complete."""
+    allow_pickle: bool = False
+    """Read PyTorch .bin files if there are no safetensors. Only for files whose author you trust."""
+    json: bool = False
+    """Report as one JSON object on standard output."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Verify:
     """Compare two checkpoints of either kind, tensor by tensor. Exit status 2 if they differ."""
 
@@ -97,6 +124,7 @@ class Verify:
 Job = (
     Annotated[FromHf, subcommand("from-hf")]
     | Annotated[ToHf, subcommand("to-hf")]
+    | Annotated[Upcycle, subcommand("upcycle")]
     | Annotated[Verify, subcommand("verify")]
 )
 
@@ -109,11 +137,23 @@ def _run(argv: Sequence[str]) -> int:
     job: Any = parse(Job, argv or ["--help"], prog="qwen2-jax convert")
     if isinstance(job, Verify):
         return _verify(job)
-    with progress_bar("converting", quiet=job.json) as progress:
+    what = "upcycling" if isinstance(job, Upcycle) else "converting"
+    with progress_bar(what, quiet=job.json) as progress:
         if isinstance(job, FromHf):
             report = convert_from_hf(
                 job.src,
                 job.dst,
+                dtype=job.dtype,
+                max_host_memory=job.max_host_memory,
+                overwrite=job.overwrite,
+                allow_pickle=job.allow_pickle,
+                progress=progress,
+            )
+        elif isinstance(job, Upcycle):
+            report = upcycle(
+                job.src,
+                job.dst,
+                job.recipe,
                 dtype=job.dtype,
                 max_host_memory=job.max_host_memory,
                 overwrite=job.overwrite,

@@ -1,4 +1,4 @@
-"""Hugging Face folder -> ours, and back: the two jobs of the converter."""
+"""Hugging Face folder -> ours, and back; and what every job that makes a checkpoint of another one has in common."""
 
 import dataclasses
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.chunks import FolderSource
 from convert.destination import check_apart, check_destination, is_finished, work_folder
 from convert.dtypes import weight_dtype
 from convert.files import expanded, first_bytes, identity, listing, shown
@@ -81,7 +82,7 @@ def convert_from_hf(
         sink.finish(tally.digests)
         return tally
 
-    return _convert(opened, watched, Path(destination), options, dtype, max_host_memory, overwrite, write)
+    return run_conversion(opened, watched, Path(destination), options, dtype, max_host_memory, overwrite, write)
 
 
 def convert_to_hf(
@@ -124,7 +125,9 @@ def convert_to_hf(
         sink.finish()
         return tally
 
-    return _convert(opened, [folder / MANIFEST], Path(destination), options, dtype, max_host_memory, overwrite, write)
+    return run_conversion(
+        opened, [folder / MANIFEST], Path(destination), options, dtype, max_host_memory, overwrite, write
+    )
 
 
 def parse_size(size: int | str) -> int:
@@ -142,8 +145,8 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def _convert(
-    source: HuggingFaceSource | NativeSource,
+def run_conversion(
+    source: FolderSource,
     watched: list[Path],
     destination: Path,
     options: dict[str, Any],
@@ -152,7 +155,22 @@ def _convert(
     overwrite: bool,
     write: Callable[[Workspace, dict[str, np.dtype], int], Tally],
 ) -> Report:
-    """What both directions share: refuse what is unsafe, skip what is done, do the work, publish it, report."""
+    """What all jobs share: refuse what is unsafe, skip what is done, do the work, publish it, report.
+
+    Args:
+      source: what is written.
+      watched: files that numbers are read from.
+      destination: the folder to make.
+      options: JSON that says, with the state of the source's files, what is being made of it.
+      dtype: of the weights written, or None.
+      max_host_memory: as the user wrote it.
+      overwrite: whether a checkpoint at `destination` may be replaced.
+      write: fills a work folder, given each array's dtype and the memory in bytes.
+
+    Raises:
+      ValueError: for a destination or another option that cannot be had, or a source that changes meanwhile.
+      OSError: for files that cannot be read or written.
+    """
     memory = parse_size(max_host_memory)
     destination = Path(os.path.realpath(expanded(destination)))
     for place in (destination, work_folder(destination)):

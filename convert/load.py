@@ -1,7 +1,10 @@
 """Checkpoints in memory: folders of either kind -> the model's parameters, and parameters -> a folder of ours."""
 
+import contextlib
+import math
 import os
 import shutil
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,7 +16,8 @@ import jax
 import numpy as np
 
 from convert.checkpoint import open_checkpoint
-from convert.chunks import Chunk, Source
+from convert.chunks import Source
+from convert.conversion import parse_size
 from convert.destination import check_apart, work_folder
 from convert.dtypes import FLOAT32, cast, count_nonfinite, weight_dtype
 from convert.files import expanded, listing, shown
@@ -31,7 +35,11 @@ _ALIGNMENT = 64  # bytes; JAX on CPU takes over memory that is aligned so, and c
 
 
 def load_checkpoint(
-    path: str | os.PathLike[str], dtype: Any = None, mesh: jax.sharding.Mesh | None = None, stacked: bool = False
+    path: str | os.PathLike[str],
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    stacked: bool = False,
+    max_host_memory: int | str = "8GiB",
 ) -> tuple[Qwen2Config, Params]:
     """Reads a model from a Hugging Face folder, a hub id, or a checkpoint folder of ours.
 
@@ -42,6 +50,8 @@ def load_checkpoint(
       mesh: devices to spread the parameters over, by `sharding.rules.param_shardings`; each process reads only what its
         devices need. None puts everything on the default device.
       stacked: the form of the parameter tree: per layer (`layers_0`, ...), or with a leading axis over layers.
+      max_host_memory: of arrays on their way to devices, as bytes or as text such as "512MB". One array's part for this
+        process is always held whole. On CPU devices the parameters themselves take what they take.
 
     Returns:
       The configuration, and the parameters as nested dicts of jax.Arrays. Their memory is theirs: files may change or
@@ -52,14 +62,19 @@ def load_checkpoint(
         against its digest before it is used.
       OSError: if a file cannot be read.
     """
-    return load_open(open_checkpoint(path), dtype, mesh, stacked)
+    return load_open(open_checkpoint(path), dtype, mesh, stacked, max_host_memory)
 
 
 def load_open(
-    source: Source, dtype: Any = None, mesh: jax.sharding.Mesh | None = None, stacked: bool = False
+    source: Source,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    stacked: bool = False,
+    max_host_memory: int | str = "8GiB",
 ) -> tuple[Qwen2Config, Params]:
     """`load_checkpoint` of a checkpoint that is open already."""
     config = source.config
+    room = _Room(parse_size(max_host_memory))
     target = None if dtype is None else weight_dtype(dtype)
     leaves = _leaves(config, source.arrays, stacked)
     shardings = None if mesh is None else _flatten(param_shardings(config, mesh, stacked))
@@ -71,13 +86,16 @@ def load_open(
         shape = (len(paths), *shape) if leaf.startswith("layers.") else shape
         stored = {source.dtypes[path] for path in paths}
         wanted = target or (stored.pop() if len(stored) == 1 else FLOAT32)
-        if shardings is None:
-            everything = tuple(slice(0, side) for side in shape)
-            return jax.device_put(_read_box(source, paths, shape, everything, wanted, overflowed))
-        sharding = shardings[leaf]
-        hull = _hull(sharding.addressable_devices_indices_map(shape).values(), shape)
-        block = _read_box(source, paths, shape, hull, wanted, overflowed)
-        return jax.make_array_from_callback(shape, sharding, lambda index: block[_relative(index, hull, shape)])
+        boxes = {_whole(shape)} if shardings is None else _own_boxes(shardings[leaf], shape)
+        with room.taken(sum(map(_box_size, boxes)) * wanted.itemsize):
+            parts = _read_boxes(source, paths, shape, sorted(boxes, key=repr), wanted, overflowed)
+            if shardings is None:
+                return jax.block_until_ready(jax.device_put(parts[_whole(shape)]))
+
+            def place(index: Any) -> np.ndarray:
+                return parts[_resolved(index, shape)]
+
+            return jax.block_until_ready(jax.make_array_from_callback(shape, shardings[leaf], place))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         # Large ones first: the last thread to finish then has little left to do.
@@ -214,64 +232,100 @@ def _nest(flat: Mapping[str, Any]) -> Params:
     return tree
 
 
-Box = tuple[slice, ...]
+Bounds = tuple[tuple[int, int], ...]
+"""A box of an array: (start, stop) along each axis."""
 
 
-def _read_box(
-    source: Source, paths: list[str], shape: Shape, box: Box, dtype: np.dtype, overflowed: Counter[str]
-) -> np.ndarray:
-    """The numbers of a leaf of `shape` that lie in `box`, cast to `dtype`, in memory of their own, aligned for JAX.
+def _whole(shape: Shape) -> Bounds:
+    return tuple((0, side) for side in shape)
 
-    A leaf with one more axis than its arrays is the stack of those at `paths`. Finite numbers that the cast made
-    infinite are counted in `overflowed`, by array.
+
+def _own_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> set[Bounds]:
+    """What the devices of this process hold; devices with the same numbers share a box."""
+    return {_resolved(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
+
+
+def _resolved(index: Any, shape: Shape) -> Bounds:
+    return tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
+
+
+def _box_size(box: Bounds) -> int:
+    return math.prod(stop - start for start, stop in box)
+
+
+def _read_boxes(
+    source: Source, paths: list[str], shape: Shape, boxes: list[Bounds], dtype: np.dtype, overflowed: Counter[str]
+) -> dict[Bounds, np.ndarray]:
+    """The numbers of a leaf of `shape` in each box, cast to `dtype`, in memory of their own, aligned for JAX.
+
+    Every chunk of the source that some box needs is read once. A leaf with one more axis than its arrays is the stack
+    of those at `paths`. Finite numbers that the cast made infinite are counted in `overflowed`, by array.
     """
-    out = _aligned_empty(tuple(side.stop - side.start for side in box), dtype)
+    outs = {box: _aligned_empty(tuple(stop - start for start, stop in box), dtype) for box in boxes}
     if len(shape) == len(source.arrays[paths[0]].shape):
-        _read_array_box(source, paths[0], box, out, overflowed)
-    else:
-        for layer, path in enumerate(paths[box[0]]):
-            _read_array_box(source, path, box[1:], out[layer], overflowed)
-    return out
+        _read_array(source, paths[0], outs, overflowed)
+        return outs
+    for layer, path in enumerate(paths):
+        inside = {box: out[layer - box[0][0]] for box, out in outs.items() if box[0][0] <= layer < box[0][1]}
+        if inside:
+            _read_array(source, path, {box[1:]: out for box, out in inside.items()}, overflowed)
+    return outs
 
 
-def _read_array_box(source: Source, path: str, box: Box, out: np.ndarray, overflowed: Counter[str]) -> None:
+def _read_array(source: Source, path: str, outs: Mapping[Bounds, np.ndarray], overflowed: Counter[str]) -> None:
+    """Fills each array of `outs` with the box of array `path` that it is for."""
     stored = source.dtypes[path]
-    for chunk, inside in _chunks_in(source, path, box):
-        target = out[_shifted(inside, box)]
-        if inside == chunk.box and target.flags.c_contiguous and stored == out.dtype:
-            source.read(path, chunk.start, target.reshape(-1))
+    for chunk in source.chunks(path):
+        bounds = tuple((side.start, side.stop) for side in chunk.box)
+        meets = {box: inside for box in outs if (inside := _intersection(box, bounds))}
+        if not meets:
             continue
+        if len(meets) == 1:
+            ((box, inside),) = meets.items()
+            target = outs[box][_slices(inside, box)]
+            if inside == bounds and target.flags.c_contiguous and stored == target.dtype:
+                source.read(path, chunk.start, target.reshape(-1))
+                continue
         numbers = np.empty(chunk.stop - chunk.start, stored)
         source.read(path, chunk.start, numbers)
-        numbers = np.ascontiguousarray(numbers.reshape(chunk.shape)[_shifted(inside, chunk.box)])
-        result = cast(numbers, out.dtype)
-        if stored != out.dtype and (infinite := count_nonfinite(result.reshape(-1))):
-            infinite -= count_nonfinite(numbers.reshape(-1))
-            overflowed.update({path: infinite} if infinite else {})
-        target[...] = result
+        numbers = numbers.reshape(chunk.shape)
+        for box, inside in meets.items():
+            part = np.ascontiguousarray(numbers[_slices(inside, bounds)])
+            result = cast(part, outs[box].dtype)
+            if stored != result.dtype and (infinite := count_nonfinite(result.reshape(-1))):
+                infinite -= count_nonfinite(part.reshape(-1))
+                overflowed.update({path: infinite} if infinite else {})
+            outs[box][_slices(inside, box)] = result
 
 
-def _chunks_in(source: Source, path: str, box: Box) -> Iterator[tuple[Chunk, Box]]:
-    """The chunks of an array that meet `box`, each with the part of it that does."""
-    for chunk in source.chunks(path):
-        sides = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(chunk.box, box, strict=True)]
-        if all(low < high for low, high in sides):
-            yield chunk, tuple(slice(low, high) for low, high in sides)
+def _intersection(a: Bounds, b: Bounds) -> Bounds | None:
+    sides = tuple((max(low, start), min(high, stop)) for (low, high), (start, stop) in zip(a, b, strict=True))
+    return sides if all(low < high for low, high in sides) else None
 
 
-def _shifted(box: Box, origin: Box) -> Box:
-    return tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(box, origin, strict=True))
+def _slices(inside: Bounds, of: Bounds) -> tuple[slice, ...]:
+    """`inside`, counted from the beginning of the box that it is a part of."""
+    return tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(inside, of, strict=True))
 
 
-def _hull(boxes: Any, shape: Shape) -> Box:
-    """The smallest box around the index of each device of this process."""
-    sides = [[side.indices(size)[:2] for side, size in zip(box, shape, strict=True)] for box in boxes]
-    lows_and_highs = [list(zip(*side, strict=True)) for side in zip(*sides, strict=True)]
-    return tuple(slice(min(lows), max(highs)) for lows, highs in lows_and_highs)
+class _Room:
+    """Memory that threads share: each waits for its part, and one that is larger than all waits to be alone."""
 
+    def __init__(self, size: int):
+        self._size, self._used = size, 0
+        self._changed = threading.Condition()
 
-def _relative(index: Any, hull: Box, shape: Shape) -> Any:
-    return _shifted(tuple(slice(*side.indices(size)[:2]) for side, size in zip(index, shape, strict=True)), hull)
+    @contextlib.contextmanager
+    def taken(self, size: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._used == 0 or self._used + size <= self._size)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
 
 
 def _aligned_empty(shape: Shape, dtype: np.dtype) -> np.ndarray:

@@ -66,6 +66,7 @@ def copy_arrays(
     workspace: Workspace,
     max_memory: int,
     progress: Progress | None = None,
+    resident: int = 0,
 ) -> Tally:
     """Copies `parts` of all arrays, cast to the sink's dtypes. Parts with a receipt are checked, and redone if damaged.
 
@@ -76,6 +77,7 @@ def copy_arrays(
       workspace: keeps a receipt per finished part.
       max_memory: bytes that a process doing nothing else may take up, libraries included.
       progress: told after every part.
+      resident: bytes that the source takes up besides what is read from it.
 
     Raises:
       ValueError: if the source is damaged, or max_memory is too small for a single worker.
@@ -84,7 +86,7 @@ def copy_arrays(
     sizes = [(part.chunk.stop - part.chunk.start) * sink.dtypes[part.path].itemsize for part in parts]
     tally, begin = Tally(bytes_total=sum(sizes)), time.monotonic()
     receipts: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(_workers(source, sink, parts, max_memory)) as pool:
+    with ThreadPoolExecutor(_workers(source, sink, parts, max_memory, resident)) as pool:
         futures = {
             pool.submit(_finish, source, sink, part, workspace.receipts.get(part.key)): i
             for i, part in enumerate(parts)
@@ -144,17 +146,17 @@ def _still_holds(sink: Sink, part: Part, receipt: dict[str, Any]) -> bool:
         return False
 
 
-def _workers(source: Source, sink: Sink, parts: Sequence[Part], max_memory: int) -> int:
+def _workers(source: Source, sink: Sink, parts: Sequence[Part], max_memory: int, resident: int) -> int:
     """How many parts fit into memory at once, and no more than there are cores."""
 
     def memory(part: Part) -> int:
         read, written = source.dtypes[part.path], sink.dtypes[part.path]
         return (part.chunk.stop - part.chunk.start) * (read.itemsize + (written.itemsize if read != written else 0))
 
-    each = max(map(memory, parts)) + (4 << 20)
-    if max_memory < _BASE + each:
-        needed = -(-(_BASE + each) // 1_000_000)
+    each, base = max(map(memory, parts)) + (4 << 20), _BASE + resident
+    if max_memory < base + each:
+        needed = -(-(base + each) // 1_000_000)
         raise ValueError(
             f"--max-host-memory {max_memory // 1_000_000}MB is too little for this conversion; it takes {needed}MB"
         )
-    return min((max_memory - _BASE) // each, cores(), _MOST_WORKERS)
+    return min((max_memory - base) // each, cores(), _MOST_WORKERS)

@@ -56,7 +56,7 @@ def test_usage_errors(arguments, message, make_hf, run, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("job", [[], ["from-hf"], ["to-hf"], ["verify"]])
+@pytest.mark.parametrize("job", [[], ["from-hf"], ["to-hf"], ["upcycle"], ["verify"]])
 def test_help(job, capsys):
     from convert.cli import main
 

@@ -96,10 +96,10 @@ def test_only_what_the_devices_need_is_read(make_hf, monkeypatch):
         source, "read", lambda path, start, out: (read.append((start, out.size)), original(path, start, out))
     )
     monkeypatch.setattr("convert.chunks.chunk_shape.__defaults__", (16 * 32 * 2,))
-    box = (slice(48, 96), slice(0, 16))
-    block = load._read_box(source, ["embed.embedding"], (96, 32), box, np.dtype(np.float32), Counter())
-    assert block.shape == (48, 16)
-    assert read == [(48 * 32, 512), (64 * 32, 512), (80 * 32, 512)]
+    boxes = [((48, 96), (0, 16)), ((48, 64), (16, 32))]
+    parts = load._read_boxes(source, ["embed.embedding"], (96, 32), boxes, np.dtype(np.float32), Counter())
+    assert [parts[box].shape for box in boxes] == [(48, 16), (16, 16)]
+    assert read == [(48 * 32, 512), (64 * 32, 512), (80 * 32, 512)]  # each once, though two devices need the first
 
 
 def test_parameters_outlive_their_files(folder):

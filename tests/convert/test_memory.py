@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks.checkpoints import write_random
-from qwen2_jax.sizes import SHAPE_1_5B, SHAPE_A2_7B
+from qwen2_jax.sizes import SHAPE_1_5B, SHAPE_7B, SHAPE_A2_7B
 
 PEAK = (
     "import sys; from benchmarks.machine import peak_memory; from convert.cli import main; "
@@ -37,3 +37,15 @@ def test_two_gigabytes_in_half_of_one(config, tmp_path, run):
     for path in (tmp_path / "hf").iterdir():
         subprocess.run(["cmp", path, tmp_path / "back" / path.name], check=True)
     assert peak_bytes("from-hf", tmp_path / "hf", tmp_path / "wide", "--dtype", "float32", *limit) < 512e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reinit", ["unit", "entry"])
+def test_upcycling(reinit, tmp_path):
+    """One layer of Qwen2-7B becomes one with 24 experts of Qwen2-57B-A14B; a dense matrix of 136 MB stays in memory."""
+    total = write_random(
+        tmp_path / "hf", dataclasses.replace(SHAPE_7B, num_hidden_layers=1, vocab_size=1024), "bfloat16"
+    )
+    assert total > 410e6
+    sizes = ["--experts", 24, "--top-k", 8, "--expert-width", 2560, "--shared-width", 20480, "--reinit", reinit]
+    assert peak_bytes("upcycle", tmp_path / "hf", tmp_path / "moe", *sizes, "--max-host-memory", "410MB") < 410e6
