@@ -1,5 +1,5 @@
 """`python -m benchmarks`: the model beside transformers; `... convert`: the converter beside cp; `... attention`: Dual
-Chunk Attention beside plain attention."""
+Chunk Attention beside plain attention; `... moe`: the mixture of experts beside dense products and transformers."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from benchmarks import attention, conversion, machine, side_by_side, table
+from benchmarks import attention, conversion, machine, moe, side_by_side, table
 from benchmarks.checkpoints import SIZES
+from benchmarks.moe_block import Shape
 from qwen2_jax.command import exit_code, parse
 from qwen2_jax.dual_chunk import DualChunk
 
@@ -44,7 +45,7 @@ class Speed(Common):
     """Measure prefill, decoding, loading and memory with random weights, beside transformers on the same CPU.
 
     Where PyTorch is not installed, or JAX has an accelerator, this project alone. `convert` measures the converter,
-    `attention` Dual Chunk Attention.
+    `attention` Dual Chunk Attention, `moe` the mixture of experts.
     """
 
     size: str = "qwen2-0.5b"
@@ -112,7 +113,29 @@ class Attention(Common):
         return f"attention --lengths {lengths} {sizes} {how}"
 
 
-KINDS: dict[str, type[Common]] = {"speed": Speed, "convert": Convert, "attention": Attention}
+@dataclasses.dataclass(frozen=True)
+class MoE(Common):
+    """Measure one sparse block, forward and backward, beside dense products and beside transformers.
+
+    Also over 8 simulated devices. Where PyTorch is not installed, without transformers.
+    """
+
+    size: Literal["half", "tiny"] = "half"
+    """Shape: "half" has the proportions of Qwen1.5-MoE-A2.7B at half its widths."""
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Number formats to measure."""
+
+    @property
+    def shape(self) -> Shape:
+        return Shape() if self.size == "half" else Shape(length=16, width=32, inner=16, shared_inner=24)
+
+    @property
+    def measured(self) -> str:
+        """The options that shape the measurement."""
+        return f"moe --size {self.size} --dtype {' '.join(self.dtype)} --repeats {self.repeats}"
+
+
+KINDS: dict[str, type[Common]] = {"speed": Speed, "convert": Convert, "attention": Attention, "moe": MoE}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,6 +160,8 @@ def _run(argv: Sequence[str]) -> None:
         elif kind == "attention":
             sizes = DualChunk(options.chunk_size, options.local_size)
             report = attention.measure(options.lengths, sizes, options.implementation, options.dtype, options.repeats)
+        elif kind == "moe":
+            report = moe.measure(options.dtype, options.repeats, options.shape)
         else:
             report = side_by_side.measure(Path(folder), options.size, options.dtype, options.repeats)
     report = {"command": f"python -m benchmarks {options.measured}", "machine": about, **report}

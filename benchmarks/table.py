@@ -64,6 +64,12 @@ def _title(report: dict[str, Any]) -> str:
         heads, kv_heads, width = report["heads"]
         what = f"{report['implementation']} attention, {report['dtype']}, {heads} heads over {kv_heads} of {width}"
         return f"{what}, C = {report['chunk_size']}, l = {report['local_size']}; {where}"
+    if report["benchmark"] == "moe":
+        shape = report["shape"]
+        experts = f"{shape['experts']} experts of {shape['inner']}, {shape['choices']} chosen"
+        shared = f"shared expert of {shape['shared_inner']}"
+        tokens = shape["batch"] * shape["length"]
+        return f"one sparse block, width {shape['width']}, {experts}, {shared}, {tokens:,} tokens; {where}"
     kind = report["frameworks"][OURS]["device_kind"]
     return f"{report['model']}; {where if kind == 'cpu' else f'{kind}, {where}'}"
 
@@ -74,6 +80,11 @@ def _caption(report: dict[str, Any]) -> str:
     if report["benchmark"] == "attention":
         text += " Work: multiply-adds of the chunked path, in units of the least that causal attention needs."
         text += " " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + "."
+    if report["benchmark"] == "moe":
+        about = report["frameworks"].values()
+        versions = {name: version for framework in about for name, version in framework["versions"].items()}
+        text += f" 8 devices: {report['mesh']}, simulated. Times: of qwen2-jax. "
+        text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
     if report["benchmark"] == "speed":
         about = report["frameworks"].values()
         versions = {name: version for framework in about for name, version in framework["versions"].items()}
@@ -109,6 +120,18 @@ def _cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 *(f"{result['macs'][name] / result['macs_minimum']:.3f}" for name in ("plain", "dual chunk")),
             ]
             for result in results
+        ]
+    if report["benchmark"] == "moe":
+        return ["", "", "seconds", "times", "GFLOP/s"], [
+            [
+                f"{result['dtype']}, {result['measure']}" if name == OURS else "",
+                name,
+                _quantity(median, "seconds"),
+                f"{result['ratios'][name]:.2f}",
+                f"{result['flops'] / median / 1e9:.0f}",
+            ]
+            for result in results
+            for name, median in result["medians"].items()
         ]
     names = [name for name in (THEIRS, OURS) if name in report["frameworks"]]
     compared = ["ratio"] if THEIRS in names else []

@@ -49,18 +49,23 @@ class Engine(Protocol):
         ...
 
 
-def serve(make: Callable[[], Engine]) -> None:
-    """Answers requests from standard input until it ends."""
+def serve(make: Callable[[], Any], answer: Callable[..., dict[str, Any]] | None = None) -> None:
+    """Answers requests from standard input until it ends.
+
+    Args:
+      make: the engine, called when everything is set up.
+      answer: answer(engine, task, **arguments) -> what to send back; by default the engine is an `Engine`.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     engine = make()
     for line in sys.stdin:
         time.sleep(_SETTLE)
         begin = time.perf_counter()
-        answer = _answer(engine, **json.loads(line))
-        answer["wall_seconds"] = time.perf_counter() - begin
-        answer |= {"peak_memory": peak_memory(), "peak_device_memory": engine.device_memory()}
-        answers.write(json.dumps(answer) + "\n")
+        reply = (answer or _answer)(engine, **json.loads(line))
+        reply["wall_seconds"] = time.perf_counter() - begin
+        reply |= {"peak_memory": peak_memory(), "peak_device_memory": engine.device_memory()}
+        answers.write(json.dumps(reply) + "\n")
 
 
 def _answer(engine: Engine, task: str, **arguments: Any) -> dict[str, Any]:
