@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from qwen2_jax.config import Qwen2Config
+from qwen2_jax.heads import HeadLayout
 
 
 @struct.dataclass
@@ -43,13 +44,21 @@ class Cache:
 
 
 def empty_cache(
-    config: Qwen2Config, batch: int, size: int, dtype: jax.typing.DTypeLike = jnp.bfloat16, stacked: bool = False
+    config: Qwen2Config,
+    batch: int,
+    size: int,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    stacked: bool = False,
+    layout: HeadLayout = HeadLayout(),
 ) -> Cache:
-    """A cache for `batch` rows of `size` slots, for parameters in the per-layer or the stacked form."""
+    """A cache for `batch` rows of `size` slots, for parameters in the per-layer or the stacked form.
+
+    `layout` must be that of the `Options` that the model runs with: copies of key/value heads are cached too.
+    """
     period = config.layer_period
     count = config.num_hidden_layers if not stacked else period
     lead = (config.num_hidden_layers // period,) if stacked else ()
-    shape = (*lead, batch, config.num_key_value_heads, size, config.head_dim)
+    shape = (*lead, batch, config.num_key_value_heads * layout.copies, size, config.head_dim)
     layers = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(count))
     slots = jnp.zeros((batch, size), jnp.int32)
     return Cache(layers, segment_ids=slots, positions=slots, length=jnp.zeros((), jnp.int32))

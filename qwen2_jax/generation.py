@@ -19,6 +19,7 @@ from qwen2_jax.cache import Cache, empty_cache, extend_cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.layers import Options
 from qwen2_jax.model import Params, forward
+from qwen2_jax.placement import Placement
 from qwen2_jax.sampling import Sampling, Steps, Values, next_token
 
 STREAM_CHUNK = 8
@@ -286,7 +287,7 @@ def _prefill(
     rows, width = tokens.shape
     real = jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]
     # As wide as the prompts: a prefill attends to every slot, and the room behind them is empty.
-    cache = empty_cache(config, rows, width, dtype, stacked="layers" in params)
+    cache = empty_cache(config, rows, width, dtype, "layers" in params, options.heads)
     scores = jnp.zeros((rows, config.vocab_size))
 
     def piece(carry, inputs):
@@ -326,7 +327,7 @@ def _prefill(
         seen=seen,
         key=key,
     )
-    return _choose(state, scores, steps, values, ends)
+    return _choose(state, scores, steps, values, ends, options.placement)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "options", "dtype"), donate_argnames=("state",))
@@ -350,18 +351,22 @@ def _decode(
     def step(state: State) -> State:
         out = forward(config, params, state.token[:, None], dtype, options, cache=state.cache)
         assert out.cache is not None and out.logits is not None
-        return _choose(dataclasses.replace(state, cache=out.cache), out.logits[:, 0], steps, values, ends)
+        state = dataclasses.replace(state, cache=out.cache)
+        return _choose(state, out.logits[:, 0], steps, values, ends, options.placement)
 
     return lax.while_loop(unfinished, step, state)
 
 
-def _choose(state: State, logits: jax.Array, steps: Steps, values: Values, ends: _Ends) -> State:
+def _choose(state: State, logits: jax.Array, steps: Steps, values: Values, ends: _Ends, placement: Placement) -> State:
     """Appends one token per row, chosen by logits [B, V]."""
     key, now = jax.random.split(state.key)
+    # Choosing sorts and compares over the whole vocabulary, and every process reads what was chosen for all rows.
+    logits = placement.activation(logits, (None, None))
     token = jnp.where(state.ended, ends.pad_id, next_token(logits, now, state.seen, steps, values))
     seen = state.seen
     if seen is not None:
         seen = seen.at[jnp.arange(len(token), dtype=jnp.int32), token].set(True)
+    token = placement.activation(token, (None,))
     return dataclasses.replace(
         state,
         token=token,

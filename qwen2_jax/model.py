@@ -13,7 +13,7 @@ from qwen2_jax.attention import Context
 from qwen2_jax.cache import Cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.layers import Block, Embedding, Options, Projection, RMSNorm, Sequence
-from qwen2_jax.moe import BACKENDS, RouterStatistics, load_balancing_loss
+from qwen2_jax.moe import RouterStatistics, check_moe, load_balancing_loss
 from qwen2_jax.remat import REMAT_POLICIES
 from qwen2_jax.rope import rotations
 
@@ -33,6 +33,8 @@ class Output:
     """The cache given, with these tokens appended."""
     aux_loss: jax.Array
     """Load-balancing loss over all MoE layers and real tokens, float32; 0 for a dense model."""
+    router: RouterStatistics | None = None
+    """What the routers did, with a leading axis of MoE layers, for `qwen2_jax.moe.router_metrics`; None if dense."""
 
 
 class Qwen2(nn.Module):
@@ -83,8 +85,7 @@ class Qwen2(nn.Module):
             raise ValueError(f"remat must be one of {', '.join(REMAT_POLICIES)}, got {self.remat!r}")
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits must be one of all, last, none, got {logits!r}")
-        if self.options.moe not in BACKENDS:
-            raise ValueError(f"moe must be one of {', '.join(BACKENDS)}, got {self.options.moe!r}")
+        check_moe(self.options.moe, self.options.capacity_factor)
         tokens = jnp.asarray(tokens, jnp.int32)
         whole_rows = right_padded or (segment_ids is None and positions is None and cache is None)
         segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids, jnp.int32)
@@ -112,9 +113,10 @@ class Qwen2(nn.Module):
         if lengths is None:
             lengths = shown_lengths(segment_ids, positions)
 
-        embed = Embedding(config, name="embed")
+        placement = self.options.placement
+        embed = Embedding(config, self.options, name="embed")
         with jax.named_scope("embed"):
-            x = embed(tokens, self.dtype)
+            x = placement.activation(embed(tokens, self.dtype), ("batch", "residual", "embed"))
         sequence = Sequence(rotations(config, positions, lengths, x.dtype), context, real=segment_ids != 0)
 
         stacked = self.has_variable("params", "layers") if self.stacked is None else self.stacked
@@ -123,6 +125,7 @@ class Qwen2(nn.Module):
         if cache is not None:
             cache = Cache(layer_caches, key_segments, key_positions, length=start + tokens.shape[1])
         hidden = RMSNorm(config.hidden_size, config.rms_norm_eps, name="norm")(x)
+        hidden = placement.activation(hidden, ("batch", "length", "embed"))
 
         with jax.named_scope("logits"):
             scores = None
@@ -132,10 +135,12 @@ class Qwen2(nn.Module):
                     scores = embed.logits(wanted)
                 else:
                     shape, axes = (config.vocab_size, config.hidden_size), ("vocab", "embed")
-                    head = Projection("BTD,VD->BTV", shape, axes, config.initializer_range, name="lm_head")
+                    std = config.initializer_range
+                    head = Projection("BTD,VD->BTV", shape, axes, std, placement=placement, name="lm_head")
                     scores = head(wanted, dtype=jnp.float32)
+                scores = placement.activation(scores, ("batch", "length", "vocab"))
         aux_loss = jnp.zeros(()) if statistics is None else load_balancing_loss(statistics)
-        return Output(scores, hidden, cache, aux_loss)
+        return Output(scores, hidden, cache, aux_loss, statistics)
 
     def _unroll_layers(self, x: jax.Array, sequence: Sequence, caches: LayerCaches | None):
         block = _rematerialised(self.remat, in_scan=False)
@@ -146,7 +151,7 @@ class Qwen2(nn.Module):
             x, cache, sums = block(self.config, sparse, self.options, name=f"layers_{i}")(x, sequence, cache)
             new_caches.append(cache)
             statistics.append(sums)
-        return x, tuple(new_caches), _total(statistics)
+        return x, tuple(new_caches), _stacked(statistics)
 
     def _scan_layers(self, x: jax.Array, sequence: Sequence, caches: LayerCaches | None):
         scanned = nn.scan(
@@ -158,7 +163,8 @@ class Qwen2(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x, (caches, statistics) = scanned(self.config, self.remat, self.options, name="layers")(x, sequence, caches)
-        return x, caches, jax.tree.map(lambda sums: sums.sum(axis=0), statistics)
+        # [periods, MoE layers of a period, ...] -> [MoE layers, ...], in the layers' order.
+        return x, caches, jax.tree.map(lambda sums: sums.reshape(-1, *sums.shape[2:]), statistics)
 
 
 class _Period(nn.Module):
@@ -178,7 +184,7 @@ class _Period(nn.Module):
             x, cache, sums = block(self.config, sparse, self.options, name=f"block_{p}")(x, sequence, cache)
             new_caches.append(cache)
             statistics.append(sums)
-        return x, (tuple(new_caches), _total(statistics))
+        return x, (tuple(new_caches), _stacked(statistics))
 
 
 def _rematerialised(remat: str, in_scan: bool) -> type[Block]:
@@ -188,9 +194,9 @@ def _rematerialised(remat: str, in_scan: bool) -> type[Block]:
     return nn.remat(Block, policy=REMAT_POLICIES[remat], prevent_cse=not in_scan)
 
 
-def _total(statistics: list[RouterStatistics | None]) -> RouterStatistics | None:
-    sums = [layer for layer in statistics if layer is not None]
-    return jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *sums) if sums else None
+def _stacked(statistics: list[RouterStatistics | None]) -> RouterStatistics | None:
+    layers = [layer for layer in statistics if layer is not None]
+    return jax.tree.map(lambda *sums: jnp.stack(sums), *layers) if layers else None
 
 
 def forward(
@@ -265,7 +271,7 @@ def abstract_params(config: Qwen2Config, dtype: jax.typing.DTypeLike = jnp.float
 def logical_axes(config: Qwen2Config, stacked: bool = False) -> Params:
     """The parameter tree with a tuple of logical names for each array, as ("kv_heads", "head_dim", "embed").
 
-    Names: vocab, embed, heads, kv_heads, head_dim, mlp, expert, expert_mlp, router, and layers in stacked form.
+    Names: vocab, embed, norm, heads, kv_heads, head_dim, mlp, expert, expert_mlp, router, and layers in stacked form.
     """
     boxed = jax.eval_shape(functools.partial(_boxed_init, config), jax.random.key(0))
     names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))

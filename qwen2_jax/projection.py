@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen2_jax.einsum import einsum
+from qwen2_jax.placement import WeightPlacement
 
 _FEW_ROWS = 64
 """Up to here (decoding) products are written as plain matrix products, in the order that XLA:CPU runs fastest."""
@@ -24,6 +25,7 @@ def project(
     bias: jax.Array | None = None,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    placement: WeightPlacement | None = None,
 ) -> jax.Array:
     """`einsum(equation, x, kernel) + bias`, accumulated in float32 and rounded once.
 
@@ -34,8 +36,9 @@ def project(
       kernel: weight of any float dtype, taken in x's dtype; its gradient comes back in its own.
       bias: added before the rounding, as PyTorch's linear layers do.
       dtype: of the result; x's by default.
+      placement: how the kernel is spread over devices; it moves in x's dtype, its gradient in float32.
     """
-    y = _contract(equation, x, kernel)
+    y = _contract(equation, placement, x, kernel)
     if bias is not None:
         y += align(bias.astype(jnp.float32), y)
     return y.astype(dtype or x.dtype)
@@ -46,14 +49,14 @@ def align(weight: jax.Array, x: jax.Array) -> jax.Array:
     return jax.lax.expand_dims(weight, range(x.ndim - weight.ndim))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(equation: str, placement: WeightPlacement | None, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """float32 einsum of x and a kernel taken in x's dtype.
 
     The gradient is written out because automatic differentiation would multiply a float32 cotangent with a bfloat16
     operand, which no accelerator has a fast instruction for, and would round a float32 kernel's gradient to bfloat16.
     """
-    kernel = kernel.astype(x.dtype)
+    kernel = _gathered(placement, kernel, x.dtype)
     x_axes, kernel_axes, y_axes = _axes(equation)
     batch = "".join(axis for axis in x_axes if axis in y_axes)
     outputs = "".join(axis for axis in kernel_axes if axis in y_axes)
@@ -103,16 +106,36 @@ def _slow_alone(x: jax.Array, inputs: int) -> bool:
     return x.dtype == jnp.bfloat16 and not (_OLD_CPU and inputs <= _LONGEST_FAST_ROW)
 
 
-def _contract_fwd(equation, x, kernel):
-    return _contract(equation, x, kernel), (x, kernel)
+def take_as(weight: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """A weight in the dtype of a product, rounded where it is read.
+
+    XLA sees that a float32 weight is only ever read as bfloat16 and would round those of all layers ahead of the loop
+    over layers, which takes half as much memory again. It does not move a rounding that is one of its own.
+    """
+    if weight.dtype == jnp.float32 and dtype == jnp.bfloat16:
+        weight = jax.lax.reduce_precision(weight, exponent_bits=8, mantissa_bits=7)
+    return weight.astype(dtype)
 
 
-def _contract_bwd(equation, residuals, dy):
+def _gathered(placement: WeightPlacement | None, kernel: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    kernel = take_as(kernel, dtype)
+    return kernel if placement is None else placement.gathered(kernel)
+
+
+def _contract_fwd(equation, placement, x, kernel):
+    return _contract(equation, placement, x, kernel), (x, kernel)
+
+
+def _contract_bwd(equation, placement, residuals, dy):
     x, kernel = residuals
     x_axes, kernel_axes, y_axes = _axes(equation)
     dy = dy.astype(x.dtype)
-    dx = einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, kernel.astype(x.dtype))
     dkernel = einsum(f"{y_axes},{x_axes}->{kernel_axes}", dy, x)
+    # First the kernel's, after which x is not needed: the other order would keep x, dx and dkernel at the same time.
+    dy, dkernel = jax.lax.optimization_barrier((dy, dkernel))
+    if placement is not None:
+        dkernel = placement.scattered(dkernel)
+    dx = einsum(f"{y_axes},{kernel_axes}->{x_axes}", dy, _gathered(placement, kernel, x.dtype))
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 

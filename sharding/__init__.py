@@ -1,5 +1,36 @@
-"""Where arrays live: the model's logical axes on the axes of a device mesh."""
+"""Where arrays live: meshes, the model's logical axes on them, and plans for meshes that are not here."""
 
-from sharding.rules import PARAMETER_RULES, param_shardings, partition_spec
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["PARAMETER_RULES", "param_shardings", "partition_spec"]
+if TYPE_CHECKING:
+    from sharding.mesh import MeshSpec, make_mesh
+    from sharding.rules import batch_sharding, cache_shardings, optimizer_shardings, param_shardings
+    from sharding.run import run_options
+
+__all__ = [
+    "MeshSpec",
+    "batch_sharding",
+    "cache_shardings",
+    "make_mesh",
+    "optimizer_shardings",
+    "param_shardings",
+    "run_options",
+]
+
+_HOMES = {
+    "MeshSpec": "mesh",
+    "batch_sharding": "rules",
+    "cache_shardings": "rules",
+    "make_mesh": "mesh",
+    "optimizer_shardings": "rules",
+    "param_shardings": "rules",
+    "run_options": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Found on first use: the planner's formula answers without JAX.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"sharding.{_HOMES[name]}"), name)

@@ -1,36 +1,41 @@
-"""Which mesh axis each logical axis of the model is split over.
+"""Where arrays live: the tables of `sharding.logical` as JAX's specs and shardings."""
 
-The model names its dims ("heads", "embed", ...); this table alone knows meshes. Axes of the mesh: data, fsdp, tensor,
-expert, context; a mesh may leave out any of them.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qwen2_jax.cache import Cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import Params, abstract_params, logical_axes
+from sharding import logical
+from sharding.checks import check_weights
+from sharding.logical import ROW_AXES, RULES, WEIGHTS, Rules
+from sharding.mesh import MESH_AXES, MeshSpec
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
-
-PARAMETER_RULES: Mapping[str, str | None] = {
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "expert": "expert",
-    "expert_mlp": "tensor",
-    "embed": "fsdp",
-    "head_dim": None,
-    "router": None,
-    "layers": None,
-}
-"""Weights: wide dims over `tensor`, the model width over `fsdp`, experts over `expert`."""
+__all__ = [
+    "ROW_AXES",
+    "RULES",
+    "WEIGHTS",
+    "Rules",
+    "activation_spec",
+    "axes_that_divide",
+    "batch_sharding",
+    "cache_shardings",
+    "check_mesh",
+    "optimizer_shardings",
+    "param_shardings",
+    "spec_of",
+    "weight_spec",
+]
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raises ValueError for axes that no rule knows, which would silently go unused, and for Explicit ones."""
+    """Raises ValueError for axes that no rule knows, which would silently go unused, for Explicit ones, and for what is
+    no mesh."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {mesh!r}; sharding.make_mesh makes one of a text")
     if unknown := [name for name in mesh.axis_names if name not in MESH_AXES]:
         raise ValueError(
             f"the mesh has axes {', '.join(map(repr, unknown))}; known ones are {', '.join(MESH_AXES)}. Rename them"
@@ -45,39 +50,86 @@ def check_mesh(mesh: Mesh) -> None:
         )
 
 
-def partition_spec(axes: tuple[str, ...], rules: Mapping[str, str | None], mesh: Mesh) -> PartitionSpec:
-    """The spec of an array with these logical axes; mesh axes that the mesh lacks are left out.
-
-    Raises:
-      ValueError: as `check_mesh`.
-    """
+def spec_of(mesh: Mesh) -> MeshSpec:
+    """The sizes of a mesh's axes. Raises ValueError as `check_mesh`."""
     check_mesh(mesh)
-    return PartitionSpec(*(rules[axis] if rules[axis] in mesh.axis_names else None for axis in axes))
+    return MeshSpec(**dict(mesh.shape))
 
 
-def param_shardings(
-    config: Qwen2Config, mesh: Mesh, stacked: bool = False, rules: Mapping[str, str | None] = PARAMETER_RULES
-) -> Params:
+def axes_that_divide(size: int, axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
+    """As many of `axes`, from the first, as together divide a dim of `size`; those of one device are left out."""
+    return logical.axes_that_divide(size, axes, mesh.shape)
+
+
+def weight_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How a weight of `shape` with these logical axes is stored; see `sharding.logical.weight_axes`."""
+    return PartitionSpec(*logical.weight_axes(axes, shape, mesh.shape))
+
+
+def activation_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES["train"]
+) -> PartitionSpec:
+    """How an activation of `shape` with these logical axes (see `qwen2_jax.placement`) is split, where it divides."""
+    return PartitionSpec(*(names or None for names in logical.activation_axes(axes, shape, mesh.shape, rules)))
+
+
+def param_shardings(config: Qwen2Config, mesh: Mesh, stacked: bool = False) -> Params:
     """The parameter tree with a `NamedSharding` for each array.
 
     Raises:
-      ValueError: if a dim is not a multiple of its mesh axis (every such array is named), or as `check_mesh`.
+      ValueError: as `sharding.checks.check_weights` and `check_mesh`.
+    """
+    check_weights(config, spec_of(mesh))
+    return jax.tree.map(
+        lambda array, axes: NamedSharding(mesh, weight_spec(axes, array.shape, mesh)),
+        abstract_params(config, stacked=stacked),
+        logical_axes(config, stacked=stacked),
+    )
+
+
+def optimizer_shardings(optimizer: Any, params: Params, shardings: Params) -> Any:
+    """The state of an optax optimizer with a `NamedSharding` for each array: that of its parameter, or everywhere.
+
+    Args:
+      optimizer: an `optax.GradientTransformation`.
+      params: arrays or `jax.ShapeDtypeStruct`s.
+      shardings: of `param_shardings`, for the same form of the tree.
+    """
+    import optax
+
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    return optax.tree_map_params(
+        optimizer,
+        lambda leaf, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda leaf: NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """Of tokens, targets and the like, [B, T]: rows over the axes that split batches, the sequence over `context`.
+
+    Each over as many of them as divide it; `sharding.checks.check_divides` tells whether that is all.
     """
     check_mesh(mesh)
-    problems = []
+    return NamedSharding(mesh, activation_spec(("batch", "length"), shape, mesh))
 
-    def sharding(path, shape: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
-        spec = partition_spec(axes, rules, mesh)
-        for size, axis, mesh_axis in zip(shape.shape, axes, spec, strict=True):
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                problems.append(f"{name}: {axis} ({size}) over {mesh_axis} ({mesh.shape[mesh_axis]})")
-        return NamedSharding(mesh, spec)
 
-    result = jax.tree_util.tree_map_with_path(
-        sharding, abstract_params(config, stacked=stacked), logical_axes(config, stacked=stacked)
+def cache_shardings(config: Qwen2Config, mesh: Mesh, cache: Cache, stacked: bool = False) -> Any:
+    """The cache of `qwen2_jax.cache.empty_cache` with a `NamedSharding` for each array: rows, heads, and slots."""
+    check_mesh(mesh)
+    lead = ("layers",) if stacked else ()
+
+    def sharding(x: jax.Array, axes: tuple[str, ...]) -> NamedSharding:
+        return NamedSharding(mesh, activation_spec(axes, x.shape, mesh, RULES["serve"]))
+
+    keys_and_values = jax.tree.map(
+        lambda x: sharding(x, (*lead, "batch", "kv_heads", "cache", "head_dim")), cache.layers
     )
-    if problems:
-        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"dims that do not divide by their mesh axis: {shown}. Use smaller axes")
-    return result
+    return cache.replace(  # type: ignore[attr-defined]
+        layers=keys_and_values,
+        segment_ids=sharding(cache.segment_ids, ("batch", "cache")),
+        positions=sharding(cache.positions, ("batch", "cache")),
+        length=NamedSharding(mesh, PartitionSpec()),
+    )

@@ -1,6 +1,7 @@
 """The one entrance: which path computes attention."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -32,6 +33,18 @@ def implementation_named(name: str) -> Callable[..., jax.Array]:
     return IMPLEMENTATIONS[name]
 
 
+def implementation_for(
+    name: str | None, query: jax.Array, key: jax.Array, rotation: Rotation, by_blocks: str = "chunked"
+) -> Callable[..., jax.Array]:
+    """The named function, or for None the reference if that is faster, and else `by_blocks`; of a grouped query
+    [B, K, G, T, H], key [B, K, S, H] and rotation [R, ...]. Raises ValueError for an unknown name."""
+    if name is None:
+        each = query.shape[3] * key.shape[2]
+        total = each * math.prod(query.shape[:3]) * rotation.cos.shape[0]
+        name = "dense" if each <= _DENSE_LIMIT and total <= _DENSE_TOTAL else by_blocks
+    return implementation_named(name)
+
+
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -59,14 +72,10 @@ def attend(
       ValueError: for an unknown implementation, or one that cannot compute this.
     """
     batch, queries, heads, width = query.shape
-    kv_heads, keys = key.shape[1:3]
-    if implementation is None:
-        scores = batch * heads * queries * keys * rotation.cos.shape[0]
-        small = queries * keys <= _DENSE_LIMIT and scores <= _DENSE_TOTAL
-        implementation = "dense" if small else "chunked"
-    if isinstance(implementation, str):
-        implementation = implementation_named(implementation)
+    kv_heads = key.shape[1]
     # [B, K, G, T, H]: batch axes first, so that no product needs a transposition.
     grouped = query.reshape(batch, queries, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+    if implementation is None or isinstance(implementation, str):
+        implementation = implementation_for(implementation, grouped, key, rotation)
     out = implementation(grouped, key, value, rotation, context)
     return out.transpose(0, 3, 1, 2, 4).reshape(query.shape)

@@ -161,7 +161,6 @@ class _Prompts:
     def ask(self, cells: Sequence[_Cell], config: Any) -> list[dict[str, Any]]:
         from qwen2_jax.evaluation.needle import score
         from qwen2_jax.generation import generate
-        from qwen2_jax.layers import Options as LayerOptions
 
         prompts = [self.prompt(cell) for cell in cells]
         rows = generate(
@@ -169,7 +168,7 @@ class _Prompts:
             max_new_tokens=self.room,
             eos_ids=self.session.generation.eos_ids,
             prefill_chunk=self.options.prefill_chunk,
-            options=LayerOptions(attention=self.options.evaluation.attention),
+            options=self.session.layer_options,
         )
         records = []
         for cell, prompt, row in zip(cells, prompts, rows.tolist(), strict=True):

@@ -69,7 +69,6 @@ def run(options: Options) -> int:
     session = open_session(options.evaluation)
 
     from qwen2_jax.evaluation.perplexity import bucket_means, cut_windows, loss_by_position
-    from qwen2_jax.layers import Options as LayerOptions
 
     windows = cut_windows(session.tokenizer.encode(text, control_tokens=False), options.length, options.windows)
     configs = {
@@ -96,7 +95,7 @@ def run(options: Options) -> int:
                     losses = loss_by_position(
                         *(configs[mode], session.params, windows[batch]),
                         piece=options.prefill_chunk,
-                        options=LayerOptions(attention=options.evaluation.attention),
+                        options=session.layer_options,
                     )
                     means = bucket_means(losses, bucket).tolist()
                     if not all(map(math.isfinite, itertools.chain.from_iterable(means))):

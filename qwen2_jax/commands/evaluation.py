@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from qwen2_jax.commands.session import Attention, Session, SessionOptions, attention_option
+from qwen2_jax.commands.session import Attention, Mesh, Session, SessionOptions, attention_option
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.journal import Journal
 from qwen2_jax.evaluation.modes import Modes
@@ -34,6 +34,9 @@ class EvaluationOptions:
     """Of weights and arithmetic."""
     attention: Annotated[Attention | None, attention_option()] = None
     """How attention over a prompt is computed; cudnn needs an NVIDIA GPU, pallas is for TPUs."""
+    mesh: Mesh = None
+    """Spread the model over all devices, as in tensor=4,expert=2; axes: data, fsdp, expert, context, tensor. -1 for one
+    of them stands for all that are left."""
     batch_size: int = 1
     """Prompts or windows of one length that run at once."""
     overwrite: bool = False
@@ -53,7 +56,9 @@ class EvaluationOptions:
 
 def open_session(options: EvaluationOptions) -> Session:
     """The checkpoint; its weights are not read yet."""
-    return Session(SessionOptions(model=options.model, dtype=options.dtype))
+    return Session(
+        SessionOptions(model=options.model, dtype=options.dtype, attention=options.attention, mesh=options.mesh)
+    )
 
 
 def open_journal(name: str, options: EvaluationOptions, settings: Mapping[str, Any]) -> Journal:

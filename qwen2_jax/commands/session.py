@@ -13,14 +13,18 @@ from qwen2_jax.json_object import brief
 from qwen2_jax.long_context import LongContext
 
 if TYPE_CHECKING:  # only: the options and their help must not wait for JAX
+    import jax
+
     from qwen2_jax.generation import Generation
     from qwen2_jax.generation_config import GenerationConfig
+    from qwen2_jax.layers import Options
 
 MAX_NEW_TOKENS = 512
 """Where neither the command line nor the checkpoint gives a number."""
 
 
 Attention = Literal["dense", "chunked", "pallas", "cudnn"]
+Mesh = Annotated[str | None, tyro.conf.arg(metavar="AXIS=N,...", help_behavior_hint="(default: one device)")]
 
 
 def attention_option() -> Any:
@@ -58,6 +62,9 @@ class SessionOptions:
     """Read long prompts in pieces of N tokens, to bound the memory they take."""
     attention: Annotated[Attention | None, attention_option()] = None
     """How attention over a prompt is computed; cudnn needs an NVIDIA GPU, pallas is for TPUs."""
+    mesh: Mesh = None
+    """Spread the model over all devices, as in tensor=4,expert=2; axes: data, fsdp, expert, context, tensor. -1 for one
+    of them stands for all that are left."""
     long_context: Annotated[LongContext, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LongContext)
 
 
@@ -95,14 +102,36 @@ class Session:
             )
 
     @functools.cached_property
+    def mesh(self) -> "jax.sharding.Mesh | None":
+        """The devices to spread over. Raises ValueError for a mesh that they do not fit."""
+        if self.options.mesh is None:
+            return None
+        from sharding import make_mesh
+
+        return make_mesh(self.options.mesh)
+
+    @functools.cached_property
+    def layer_options(self) -> "Options":
+        """How the model is to be run. Raises ValueError as `mesh`, and for one that the model does not fit."""
+        from qwen2_jax.layers import Options
+
+        if self.mesh is None:
+            return Options(attention=self.options.attention)
+        from sharding import run_options
+
+        return run_options(self.config, self.mesh, rules="serve", attention=self.options.attention)
+
+    @functools.cached_property
     def params(self) -> dict[str, Any]:
         from convert import load_checkpoint
+
+        _ = self.layer_options  # a mesh that does not fit shows before the weights are read
 
         # Not rich's: it hides the cursor, which an interrupt would leave so.
         terminal = sys.stderr.isatty()
         if terminal:
             print(f"loading {self.folder} ...", end="", file=sys.stderr, flush=True)
-        params = load_checkpoint(self.folder, dtype=self.options.dtype)[1]
+        params = load_checkpoint(self.folder, dtype=self.options.dtype, mesh=self.mesh)[1]
         if terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         return params
@@ -131,7 +160,6 @@ class Session:
     def start(self, prompts: Sequence[Sequence[int]], seed: int = 0) -> "Generation":
         """Begins to continue a batch of prompts (token ids) of one `config_for`; `seed` is added to the options'."""
         from qwen2_jax.generation import Generation
-        from qwen2_jax.layers import Options
 
         lengths = [len(prompt) for prompt in prompts]
         (config,) = {self.config_for(prompt) for prompt in prompts}
@@ -140,7 +168,7 @@ class Session:
             *(config, self.params, tokens, lengths),
             max_new_tokens=[self.room(prompt) for prompt in prompts],
             prefill_chunk=self.options.prefill_chunk,
-            options=Options(attention=self.options.attention),
+            options=self.layer_options,
             sampling=self.generation.sampling,
             eos_ids=self.generation.eos_ids,
             pad_id=self.generation.pad_id,

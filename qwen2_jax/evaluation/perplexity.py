@@ -160,5 +160,7 @@ def _losses(
         return out.cache, jax.nn.logsumexp(out.logits, axis=-1) - chosen
 
     pieces = tuple(x.reshape(rows, -1, piece).swapaxes(0, 1) for x in (tokens, real, targets))
-    _, losses = lax.scan(step, empty_cache(config, rows, width, dtype, stacked="layers" in params), pieces)
+    cache = empty_cache(config, rows, width, dtype, "layers" in params, options.heads)
+    _, losses = lax.scan(step, cache, pieces)
+    losses = options.placement.activation(losses, (None, None, None))
     return losses.swapaxes(0, 1).reshape(rows, width)

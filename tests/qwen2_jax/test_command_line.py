@@ -123,6 +123,18 @@ def test_generate_prints_what_generate_returns(run, model, params):
     assert (code, out, err) == (0, tokenizer.decode(expected[0].tolist(), control_tokens=False) + "\n", "")
 
 
+def test_generate_on_a_mesh(run, model):
+    """The same answer from eight devices; a mesh that does not fit is refused before the weights are read."""
+    argv = ["generate", "--model", model, "--prompt", PROMPTS[0], "--max-new-tokens", 8]
+    assert run(*argv, "--mesh", "data=2,fsdp=-1,tensor=2") == run(*argv)
+    for mesh, message in {
+        "tensor=3": "mesh tensor=3 is 3 devices, but there are 8",
+        "model=8": "unknown mesh axis 'model'",
+        "data=4,expert=2": "expert=2 splits experts, but this model is dense; use fsdp=2",
+    }.items():
+        fails(run(*argv, "--mesh", mesh), message)
+
+
 def test_generate_json(run, model):
     flags = [flag for prompt in PROMPTS for flag in ("--prompt", prompt)]
     code, out, err = run("generate", "--model", model, *flags, "--max-new-tokens", 8, "--batch-size", 2, "--json")

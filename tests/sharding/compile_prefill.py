@@ -17,7 +17,7 @@ from qwen2_jax.layers import Options
 from qwen2_jax.long_context import LongContext
 from qwen2_jax.model import Qwen2, abstract_params
 from qwen2_jax.sizes import published
-from sharding.attention import attention_over_heads
+from sharding.attention import SplitAttention
 from sharding.rules import param_shardings
 
 TOKENS = 131072
@@ -27,7 +27,7 @@ def main(implementation: str) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
     mesh = Mesh(np.array(topology.devices), ("tensor",), axis_types=(AxisType.Auto,))
     config = LongContext("dca-temperature").configure(published("qwen2-7b-instruct"), TOKENS)
-    options = Options(attention=attention_over_heads(mesh, implementation))
+    options = Options(attention=SplitAttention(mesh, implementation))
     params = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         abstract_params(config, jnp.bfloat16, stacked=True),
