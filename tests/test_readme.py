@@ -24,6 +24,7 @@ from qwen2_jax.commands import chat, evaluate, generate
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import abstract_params, init_params
 from qwen2_jax.sizes import PUBLISHED
+from sharding import cli as plan
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -100,7 +101,13 @@ def commands() -> dict[str, str]:
 
 def test_commands_parse():
     """Every `qwen2-jax` line of the README is one that the command understands."""
-    options = {"convert": Job, "generate": generate.Options, "chat": chat.Options, "evaluate": evaluate.Job}
+    options = {
+        "convert": Job,
+        "generate": generate.Options,
+        "chat": chat.Options,
+        "evaluate": evaluate.Job,
+        "plan": plan.Options,
+    }
     assert commands()
     for line in commands():
         job, *argv = shlex.split(line, comments=True)

@@ -73,6 +73,22 @@ def test_attention(tmp_path):
     assert "| 96 |" in markdown.read_text()
 
 
+def test_moe(tmp_path):
+    markdown = page(tmp_path, "moe")
+    arguments = ["moe", "--size", "tiny", "--dtype", "float32", "--repeats", "1"]
+    assert main([*arguments, "--json", str(tmp_path / "out.json"), "--markdown", str(markdown)]) == 0
+
+    report = json.loads((tmp_path / "out.json").read_text())
+    sides = {"qwen2-jax", "dense einsum", "8 devices, exchange", "8 devices, gather"}
+    sides |= {"transformers", "transformers, loop"} if COMPARED else set()
+    assert report["frameworks"].keys() == sides
+    assert report["frameworks"]["qwen2-jax"]["backend"] == "sorted"
+    assert [result["measure"] for result in report["results"]] == ["forward", "forward and backward"]
+    for result in report["results"]:
+        assert result["medians"].keys() == sides and result["ratios"]["qwen2-jax"] == 1
+    assert "| dense einsum |" in markdown.read_text()
+
+
 @pytest.mark.parametrize("gigabytes", [0.1, 2, 14])
 def test_config_of(gigabytes):
     nbytes = 2 * sum(array.size for array in arrays_of(config_of(gigabytes * 1e9)).values())
