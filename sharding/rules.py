@@ -116,19 +116,19 @@ def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, activation_spec(("batch", "length"), shape, mesh))
 
 
-def cache_shardings(config: Qwen2Config, mesh: Mesh, cache: Cache, stacked: bool = False) -> Any:
+def cache_shardings(mesh: Mesh, cache: Cache) -> Any:
     """The cache of `qwen2_jax.cache.empty_cache` with a `NamedSharding` for each array: rows, heads, and slots."""
     check_mesh(mesh)
-    lead = ("layers",) if stacked else ()
 
     def sharding(x: jax.Array, axes: tuple[str, ...]) -> NamedSharding:
         return NamedSharding(mesh, activation_spec(axes, x.shape, mesh, RULES["serve"]))
 
-    keys_and_values = jax.tree.map(
-        lambda x: sharding(x, (*lead, "batch", "kv_heads", "cache", "head_dim")), cache.layers
-    )
+    def of_layer(x: jax.Array) -> NamedSharding:
+        lead = ("layers",) * (x.ndim - 4)  # of stacked layers
+        return sharding(x, (*lead, "batch", "kv_heads", "cache", "head_dim"))
+
     return cache.replace(  # type: ignore[attr-defined]
-        layers=keys_and_values,
+        layers=jax.tree.map(of_layer, cache.layers),
         segment_ids=sharding(cache.segment_ids, ("batch", "cache")),
         positions=sharding(cache.positions, ("batch", "cache")),
         length=NamedSharding(mesh, PartitionSpec()),

@@ -39,7 +39,7 @@ def serving_program(request: Request, mesh: Mesh, attention: str | None = None) 
 
     make = functools.partial(empty_cache, config, request.batch, request.seq, _DTYPE, True, options.heads)
     cache = jax.eval_shape(make)
-    cache_at = cache_shardings(config, mesh, cache, stacked=True)
+    cache_at = cache_shardings(mesh, cache)
     shape = (request.batch, request.queries)
     params = abstract_params(config, _DTYPE, stacked=True)
     arguments = (

@@ -44,7 +44,7 @@ def test_decoding_moves_no_cache():
     params = unstack_layers(parameters(config), config)
     params = jax.device_put(params, param_shardings(config, mesh))
     cache = empty_cache(config, 4, 64, "float32", layout=options.heads)
-    shardings = cache_shardings(config, mesh, cache)
+    shardings = cache_shardings(mesh, cache)
 
     @jax.jit
     def step(params, token, cache):

@@ -74,7 +74,7 @@ def test_batches_activations_and_caches():
     assert activation_spec(between_layers, (4, 2, 32), mesh)[1] == "context"  # as many axes as divide
     for stacked, lead in ((False, ()), (True, (None,))):
         cache = jax.eval_shape(lambda stacked=stacked: empty_cache(CONFIG, 4, 16, stacked=stacked))
-        placed = cache_shardings(CONFIG, mesh, cache, stacked)
+        placed = cache_shardings(mesh, cache)
         assert placed.layers[0][0].spec == PartitionSpec(*lead, "data", "tensor", "context", None)
         assert placed.segment_ids.spec == PartitionSpec("data", "context")
         assert placed.length.spec == PartitionSpec()
