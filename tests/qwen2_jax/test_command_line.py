@@ -92,7 +92,7 @@ def test_help_version_and_unknown_jobs(run):
     assert run()[:2] == (0, out)
     assert run("--version")[1].startswith("qwen2-jax 0.")
     fails(run("generat"), "did you mean generate?")
-    fails(run("paint"), "generate or chat or convert")
+    fails(run("brew"), "generate or chat or convert")
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--help"]])
