@@ -22,7 +22,6 @@ LENGTHS = np.array([32, 25, 9, 1])
         ("dense, dual-chunk", "tensor=8", None),
         ("dense, dual-chunk", "context=2,tensor=4", 8),
         ("moe", "expert=8", None),
-        ("moe, dual-chunk", "data=2,expert=2,tensor=2", 8),
         ("moe", "expert=4,context=2", None),
     ],
 )
