@@ -10,7 +10,7 @@ import jaxlib
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from benchmarks.moe_block import Shape, arrays, shape_from, summary
+from benchmarks.moe_block import Shape, Side, arrays, shape_from, summary
 from benchmarks.worker import serve
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.layers import Options, SparseMoE
@@ -36,13 +36,7 @@ class DenseEinsum:
         return project("XEF,EDF->XD", hidden, experts.down).reshape(x.shape), jnp.zeros((), jnp.int32)
 
 
-class Block:
-    def device_memory(self) -> None:
-        return None
-
-    def answer(self, task: str, **arguments: Any) -> dict[str, Any]:
-        return self.prepare(**arguments) if task == "prepare" else self.run(task == "forward and backward")
-
+class Block(Side):
     def prepare(self, shape: str, dtype: str, side: str, mesh: str) -> dict[str, Any]:
         """Loads the block. `mesh` is empty, or a `MeshSpec` of simulated devices, with `side` the way of exchange."""
         sizes = shape_from(shape)

@@ -6,17 +6,11 @@ import torch
 import transformers
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
-from benchmarks.moe_block import arrays, shape_from, summary
+from benchmarks.moe_block import Side, arrays, shape_from, summary
 from benchmarks.worker import serve
 
 
-class Block:
-    def device_memory(self) -> None:
-        return None
-
-    def answer(self, task: str, **arguments: Any) -> dict[str, Any]:
-        return self.prepare(**arguments) if task == "prepare" else self.run(task == "forward and backward")
-
+class Block(Side):
     def prepare(self, shape: str, dtype: str, side: str, mesh: str) -> dict[str, Any]:
         """Loads the block; `side` is the implementation of the experts that transformers is told to use."""
         assert not mesh

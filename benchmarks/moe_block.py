@@ -1,4 +1,4 @@
-"""The block that the benchmark of the mixture of experts measures: its shape, and the same numbers for everybody."""
+"""The block that the benchmark of the mixture of experts measures: its shape, its numbers, and what each side does."""
 
 import dataclasses
 import json
@@ -62,3 +62,21 @@ def summary(out: np.ndarray, gradient: np.ndarray | None) -> dict[str, Any]:
     """What of the results [B, T, D] is compared: some numbers of each."""
     parts = [out] if gradient is None else [out, gradient]
     return {"numbers": [part[::3, ::17, ::31].astype(np.float32).ravel().tolist() for part in parts]}
+
+
+class Side:
+    """An engine of `benchmarks.worker.serve`: one implementation of the block."""
+
+    def device_memory(self) -> None:
+        return None
+
+    def answer(self, task: str, **arguments: Any) -> dict[str, Any]:
+        return self.prepare(**arguments) if task == "prepare" else self.run(task == "forward and backward")
+
+    def prepare(self, shape: str, dtype: str, side: str, mesh: str) -> dict[str, Any]:
+        """Loads the block with the numbers of `arrays`, and says where and by what it runs."""
+        raise NotImplementedError
+
+    def run(self, backward: bool) -> dict[str, Any]:
+        """Runs it forward, or also backward; returns the `summary` of the results."""
+        raise NotImplementedError

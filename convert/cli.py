@@ -139,37 +139,19 @@ def _run(argv: Sequence[str]) -> int:
         return _verify(job)
     what = "upcycling" if isinstance(job, Upcycle) else "converting"
     with progress_bar(what, quiet=job.json) as progress:
+        shared = {
+            "dtype": job.dtype,
+            "max_host_memory": job.max_host_memory,
+            "overwrite": job.overwrite,
+            "progress": progress,
+        }
         if isinstance(job, FromHf):
-            report = convert_from_hf(
-                job.src,
-                job.dst,
-                dtype=job.dtype,
-                max_host_memory=job.max_host_memory,
-                overwrite=job.overwrite,
-                allow_pickle=job.allow_pickle,
-                progress=progress,
-            )
+            report = convert_from_hf(job.src, job.dst, allow_pickle=job.allow_pickle, **shared)
         elif isinstance(job, Upcycle):
-            report = upcycle(
-                job.src,
-                job.dst,
-                job.recipe,
-                dtype=job.dtype,
-                max_host_memory=job.max_host_memory,
-                overwrite=job.overwrite,
-                allow_pickle=job.allow_pickle,
-                progress=progress,
-            )
+            report = upcycle(job.src, job.dst, job.recipe, allow_pickle=job.allow_pickle, **shared)
         else:
             report = convert_to_hf(
-                job.src,
-                job.dst,
-                dtype=job.dtype,
-                shard_size=job.shard_size,
-                fused_experts=job.fused_experts,
-                max_host_memory=job.max_host_memory,
-                overwrite=job.overwrite,
-                progress=progress,
+                job.src, job.dst, shard_size=job.shard_size, fused_experts=job.fused_experts, **shared
             )
     for warning in report.warnings:
         print(f"qwen2-jax: warning: {warning}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Where arrays live: meshes, the model's logical axes on them, and plans for meshes that are not here."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qwen2_jax.lazy import lazy_names
 
 if TYPE_CHECKING:
     from sharding.mesh import MeshSpec, make_mesh
@@ -18,19 +19,16 @@ __all__ = [
     "run_options",
 ]
 
-_HOMES = {
-    "MeshSpec": "mesh",
-    "batch_sharding": "rules",
-    "cache_shardings": "rules",
-    "make_mesh": "mesh",
-    "optimizer_shardings": "rules",
-    "param_shardings": "rules",
-    "run_options": "run",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Found on first use: the planner's formula answers without JAX.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sharding.{_HOMES[name]}"), name)
+# Found on first use: the planner's formula answers without JAX.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "MeshSpec": "mesh",
+        "batch_sharding": "rules",
+        "cache_shardings": "rules",
+        "make_mesh": "mesh",
+        "optimizer_shardings": "rules",
+        "param_shardings": "rules",
+        "run_options": "run",
+    },
+)

@@ -21,7 +21,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qwen2_jax.attention import Context, implementation_for, implementation_named
 from qwen2_jax.rope import Rotation
-from sharding.rules import ROW_AXES, axes_that_divide, check_mesh
+from sharding.logical import ROW_AXES, axes_that_divide
+from sharding.rules import check_mesh
 
 _CONTEXT = "context"
 
@@ -56,7 +57,7 @@ class SplitAttention:
         if kv_heads % devices:
             raise ValueError(f"{kv_heads} key/value heads do not divide over {devices} devices of tensor")
         heads = "tensor" if devices > 1 else None
-        rows = axes_that_divide(batch, ROW_AXES, self.mesh) or None
+        rows = axes_that_divide(batch, ROW_AXES, self.mesh.shape) or None
         pieces = 2 * self.mesh.shape.get(_CONTEXT, 1)
         dealt = pieces > 2 and queries % pieces == 0 and key.shape[2] % (pieces // 2) == 0
         length = _CONTEXT if dealt else None

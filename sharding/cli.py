@@ -19,6 +19,8 @@ from sharding.planner.request import Optimizer, Remat, Request, Task, checked, r
 from sharding.planner.search import search
 
 if TYPE_CHECKING:  # only: the formula must not wait for JAX
+    from jax.sharding import Mesh
+
     from sharding.planner.compiled import Compiled
 
 _COMPILED = 3
@@ -140,16 +142,20 @@ def _search(options: Options) -> int:
 
 
 def _compiled(request: Request, quiet: bool) -> "Compiled":
-    from sharding.planner.compiled import compile_request, prepare
+    from sharding.planner.compiled import compile_request
 
     if not quiet:
         print(f"compiling for {request.topology} ...", file=sys.stderr, flush=True)
-    prepare(request.topology)  # ahead of what imports JAX
+    return compile_request(request, _program)
+
+
+def _program(request: Request, mesh: "Mesh") -> tuple[Any, tuple[Any, ...]]:
+    # Imported when it is called: these import JAX, which must not start before its environment is set.
     if request.training:
         from train.program import training_program as build
     else:
         from sharding.planner.programs import serving_program as build
-    return compile_request(request, build)
+    return build(request, mesh)
 
 
 def _as_json(result: Estimate, compiled: "Compiled | None") -> dict[str, Any]:

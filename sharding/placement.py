@@ -8,7 +8,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen2_jax.placement import Placement
-from sharding.rules import Rules, activation_spec, weight_spec
+from sharding.logical import Rules
+from sharding.rules import activation_spec, weight_spec
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,24 +11,8 @@ from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import Params, abstract_params, logical_axes
 from sharding import logical
 from sharding.checks import check_weights
-from sharding.logical import ROW_AXES, RULES, WEIGHTS, Rules
+from sharding.logical import RULES, Rules
 from sharding.mesh import MESH_AXES, MeshSpec
-
-__all__ = [
-    "ROW_AXES",
-    "RULES",
-    "WEIGHTS",
-    "Rules",
-    "activation_spec",
-    "axes_that_divide",
-    "batch_sharding",
-    "cache_shardings",
-    "check_mesh",
-    "optimizer_shardings",
-    "param_shardings",
-    "spec_of",
-    "weight_spec",
-]
 
 
 def check_mesh(mesh: Mesh) -> None:
@@ -54,11 +38,6 @@ def spec_of(mesh: Mesh) -> MeshSpec:
     """The sizes of a mesh's axes. Raises ValueError as `check_mesh`."""
     check_mesh(mesh)
     return MeshSpec(**dict(mesh.shape))
-
-
-def axes_that_divide(size: int, axes: Sequence[str], mesh: Mesh) -> tuple[str, ...]:
-    """As many of `axes`, from the first, as together divide a dim of `size`; those of one device are left out."""
-    return logical.axes_that_divide(size, axes, mesh.shape)
 
 
 def weight_spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -7,8 +7,9 @@ from qwen2_jax.layers import Options
 from sharding.attention import SplitAttention
 from sharding.checks import check_divides, layout_on
 from sharding.experts import ExpertParallel
+from sharding.logical import RULES
 from sharding.placement import MeshPlacement
-from sharding.rules import RULES, spec_of
+from sharding.rules import spec_of
 
 
 def run_options(

@@ -15,7 +15,8 @@ from qwen2_jax import Qwen2, Qwen2Config
 from qwen2_jax.cache import empty_cache
 from qwen2_jax.model import abstract_params, init_params
 from sharding import batch_sharding, cache_shardings, optimizer_shardings, param_shardings
-from sharding.rules import RULES, activation_spec
+from sharding.logical import RULES
+from sharding.rules import activation_spec
 
 CONFIG = Qwen2Config(
     vocab_size=64,
