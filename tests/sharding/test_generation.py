@@ -23,6 +23,7 @@ LENGTHS = np.array([32, 25, 9, 1])
         ("dense, dual-chunk", "context=2,tensor=4", 8),
         ("moe", "expert=8", None),
         ("moe", "expert=4,context=2", None),
+        ("moe, dual-chunk", "data=2,expert=2,tensor=2", 8),
     ],
 )
 def test_same_tokens(name, spec, chunk):
