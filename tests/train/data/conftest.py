@@ -1,0 +1,50 @@
+"""A tokenizer of 257 tokens: a token per byte, and the one that ends documents."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from train.data.encode import END_OF_DOCUMENT, Encoding
+from train.data.store import TokenStore
+from train.data.tokenize import tokenize
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(letters)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.add_special_tokens([END_OF_DOCUMENT])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def how(tokenizer_folder):
+    return Encoding(str(tokenizer_folder))
+
+
+@pytest.fixture(scope="session")
+def make_store(tmp_path_factory, how):
+    """A function that tokenizes texts, and gives the store."""
+
+    def make(texts, **options) -> TokenStore:
+        folder = tmp_path_factory.mktemp("store")
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / "texts.jsonl").write_text(lines)
+        tokenize([str(folder / "texts.jsonl")], folder / "tokens", how, workers=0, **options)
+        return TokenStore(folder / "tokens")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def store(make_store):
+    """60 documents of 1 to 41 tokens, in several files; no two alike."""
+    letters = np.random.default_rng(0)
+    texts = [f"{n:02d}" + "".join(letters.choice([*"abcdef"], int(letters.integers(0, 39)))) for n in range(60)]
+    return make_store(texts, part_size=400)

@@ -1,0 +1,135 @@
+"""Which files a source names, and of what kind they are."""
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from convert.files import expanded, shown
+
+KINDS = ("jsonl", "parquet", "arrow", "array_record", "text")
+
+_KIND_OF = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".array_record": "array_record",
+    ".arrayrecord": "array_record",
+    ".txt": "text",
+    ".md": "text",
+}
+_COMPRESSION_OF = {".gz": "gzip", ".zst": "zstd"}
+
+
+class DataFile(NamedTuple):
+    path: str
+    """Absolute."""
+    kind: str
+    """One of KINDS."""
+    compression: str
+    """`gzip`, `zstd`, or none; only of jsonl and text."""
+    size: int
+    """In bytes."""
+    modified: int
+    """When, in nanoseconds since 1970."""
+
+
+def find_files(sources: Sequence[str], kind: str | None = None) -> list[DataFile]:
+    """The files that `sources` name: files, globs (`**` for any depth), and folders, walked in order of names.
+
+    A folder yields the files whose names tell their kind (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .feather,
+    .array_record, .txt, .md), and no hidden ones; a data set that Hugging Face's `datasets` saved is such a folder. A
+    file that a source names itself, or by a glob, is plain text if its name does not tell.
+
+    Args:
+      kind: of all files, whatever their names; a folder then yields all that are not hidden.
+
+    Raises:
+      ValueError: for a source that does not exist or has no files, and for a file that is named twice.
+      OSError: if a folder cannot be listed.
+    """
+    if not sources:
+        raise ValueError("there are no sources; name files, folders or globs")
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of file; known ones are {', '.join(KINDS)}")
+    files = [_data_file(path, kind) for source in sources for path in _paths(source, kind)]
+    seen: set[str] = set()
+    for file in files:
+        real = os.path.realpath(file.path)
+        if real in seen:
+            raise ValueError(f"{shown(file.path)} is named twice, and would be read twice; name it once")
+        seen.add(real)
+    return files
+
+
+def _paths(source: str, kind: str | None) -> Iterator[Path]:
+    path = expanded(source)
+    if path.is_dir():
+        yield from _in_folder(path, kind)
+    elif path.exists():
+        yield path
+    elif glob.has_magic(str(path)):
+        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        if not found:
+            raise ValueError(f"no file is called {shown(source)}")
+        yield from (found_path for found_path in found if found_path.is_file())
+    else:
+        raise ValueError(f"{shown(source)} does not exist; name a file, a folder or a glob")
+
+
+def _in_folder(folder: Path, kind: str | None) -> Iterator[Path]:
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ValueError(f"{shown(folder)} holds several splits ({', '.join(splits)}); name one, as in {folder}/train")
+    found, others = False, 0
+    for path in _saved_data_set(folder) or _walk(folder):
+        if kind is None and _kind_of(path)[0] is None:
+            others += 1
+            continue
+        found = True
+        yield path
+    if not found:
+        what = f"only {others} files of unknown kinds" if others else "no files"
+        raise ValueError(
+            f"{shown(folder)} holds {what}; known are {', '.join(_KIND_OF)}. Say what they are, or name them by a glob "
+            "such as 'folder/**/*.py'"
+        )
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _saved_data_set(folder: Path) -> list[Path]:
+    """The files of `datasets.Dataset.save_to_disk`, in their order; none if the folder is something else."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def _data_file(path: Path, kind: str | None) -> DataFile:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
+    by_name, compression = _kind_of(path)
+    return DataFile(os.path.abspath(path), kind or by_name or "text", compression, status.st_size, status.st_mtime_ns)
+
+
+def _kind_of(path: Path) -> tuple[str | None, str]:
+    compression = _COMPRESSION_OF.get(path.suffix.lower(), "")
+    kind = _KIND_OF.get((path.with_suffix("") if compression else path).suffix.lower())
+    if compression and kind not in ("jsonl", "text"):
+        kind = None
+    return kind, compression

@@ -1,0 +1,188 @@
+"""Full rows of shuffled documents, and mixtures of them: every row a pure function of the seed and its number.
+
+The documents of a source, in an order of its own for every epoch, make one stream of tokens without an end; row i is
+tokens i * T up to (i + 1) * T of it. So nothing is padded and nothing is dropped: a document that does not fit goes on
+in the next row, and the row in which an epoch ends is filled up with the beginning of the next.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from convert.files import shown
+from train.data.shuffle import Permutation
+from train.data.source import Source
+from train.data.store import TokenStore
+from train.loss import IGNORE
+
+_BLOCK = 1024  # documents of an order that are looked up together
+_BLOCKS = 32  # blocks whose lengths are summed up at a time: bounds the memory that an epoch's beginning takes
+_SHARES = 10_000  # rows within which every mixture keeps its proportions
+
+_ORDER, _MIXTURE = 1, 2  # keys of what is drawn, so that no two draws are alike
+
+
+class Row(NamedTuple):
+    """Each [T] int32."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    """The token to predict at each place; IGNORE at the last place of every segment."""
+    segment_ids: np.ndarray
+    """1, 2, ...: one for each document, or part of one."""
+    positions: np.ndarray
+    """From 0 in each segment."""
+
+
+class Rows(Protocol):
+    """Training data without an end."""
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, from 0 on: the same whenever, wherever and in whatever order it is asked for."""
+        ...
+
+
+def packed_rows(sources: Sequence[Source], seq: int, seed: int) -> Rows:
+    """Rows of `seq` tokens, from each source in proportion to its weight.
+
+    Raises:
+      ValueError: for no sources, weights that are not positive, a row longer than all documents of a source, a negative
+        seed.
+    """
+    if not sources:
+        raise ValueError("there is no training data; name at least one source")
+    if seq < 2:
+        raise ValueError(f"rows must have at least 2 tokens, one to read and one to predict, got {seq}")
+    if seed < 0:
+        raise ValueError(f"the seed must not be negative, got {seed}")
+    for source in sources:
+        if not 0 < source.weight < float("inf"):
+            raise ValueError(f"the weight of {shown(source.store.folder)} must be positive, got {source.weight}")
+        if source.store.tokens < seq:
+            raise ValueError(
+                f"{shown(source.store.folder)} has {source.store.tokens} tokens in all, fewer than the {seq} of one "
+                "row; take shorter rows, or more data"
+            )
+    rows = [PackedRows(source.store, seq, seed) for source in sources]
+    return rows[0] if len(rows) == 1 else Mixture(rows, [source.weight for source in sources], seed)
+
+
+class PackedRows:
+    """Rows of one source. Safe for use from several threads."""
+
+    def __init__(self, store: TokenStore, seq: int, seed: int):
+        self._store, self._seq = store, seq
+        # By content, so that neither a source's path nor the others in a mixture matter to its order.
+        self._key = seed, int(store.digest[:16], 16)
+        self._order = functools.lru_cache(2)(lambda epoch: Order(store, *self._key, epoch))
+
+    def __getitem__(self, index: int) -> Row:
+        pieces, lengths = [], []
+        epoch, begin = divmod(index * self._seq, self._store.tokens)
+        left = self._seq
+        while left:
+            for document, skipped, length in self._order(epoch).documents(begin):
+                count = min(length - skipped, left)
+                pieces.append(self._store.read(document, skipped, count))
+                lengths.append(count)
+                left -= count
+                if not left:
+                    break
+            epoch, begin = epoch + 1, 0
+        return _row(np.concatenate(pieces), np.array(lengths))
+
+
+class Order:
+    """One epoch of one source: its documents, shuffled.
+
+    Holds the sums of lengths at every 1024th document only: 8 bytes for 1024 documents. Making one reads all lengths.
+    """
+
+    def __init__(self, store: TokenStore, *key: int):
+        self._store = store
+        self._permutation = Permutation(len(store), _ORDER, *key)
+        self._count = len(store)
+        sums = [np.zeros(1, np.int64)]
+        for begin in range(0, self._count, _BLOCK * _BLOCKS):
+            lengths = self._store.lengths(self._at(begin, begin + _BLOCK * _BLOCKS))
+            sums.append(np.add.reduceat(lengths, np.arange(0, len(lengths), _BLOCK)))
+        self._begins = np.cumsum(np.concatenate(sums))
+        """Of each block, in tokens of the epoch; and the epoch's end."""
+        self._block = functools.lru_cache(8)(self._look_up)
+
+    def documents(self, begin: int) -> Iterator[tuple[int, int, int]]:
+        """From the one with token `begin` of the epoch on: number, tokens of it before `begin`, and length."""
+        first = int(np.searchsorted(self._begins, begin, side="right")) - 1
+        for block in range(first, len(self._begins) - 1):
+            documents, lengths, begins = self._block(block)
+            start = 0 if block > first else int(np.searchsorted(begins, begin, side="right")) - 1
+            skipped = 0 if block > first else begin - int(begins[start])
+            for place in range(start, len(documents)):
+                yield int(documents[place]), skipped, int(lengths[place])
+                skipped = 0
+
+    def _look_up(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        documents = self._at(block * _BLOCK, (block + 1) * _BLOCK)
+        lengths = self._store.lengths(documents)
+        return documents, lengths, self._begins[block] + np.cumsum(lengths) - lengths
+
+    def _at(self, begin: int, end: int) -> np.ndarray:
+        return self._permutation(np.arange(begin, min(end, self._count), dtype=np.int64))
+
+
+class Mixture:
+    """Rows of several sources, in proportion to their weights: exactly so in every run of 10,000 from a multiple of it
+    on, to the nearest row, and shuffled within it."""
+
+    def __init__(self, sources: Sequence[Rows], weights: Sequence[float], seed: int):
+        """
+        Raises:
+          ValueError: if a weight is so small that it comes to no row of 10,000.
+        """
+        self._sources, self._seed = sources, seed
+        self.shares = _shares(weights)
+        """Rows of each source in 10,000."""
+        self._ends = [*itertools.accumulate(self.shares)]
+        self._shuffle = functools.lru_cache(8)(lambda block: Permutation(_SHARES, _MIXTURE, seed, block))
+
+    def __getitem__(self, index: int) -> Row:
+        source, number = self.origin(index)
+        return self._sources[source][number]
+
+    def origin(self, index: int) -> tuple[int, int]:
+        """Which source row `index` is from, and which of its rows it is."""
+        block, place = divmod(index, _SHARES)
+        drawn = int(self._shuffle(block)(np.array([place]))[0])
+        source = next(source for source, end in enumerate(self._ends) if drawn < end)
+        share = self.shares[source]
+        return source, block * share + drawn - (self._ends[source] - share)
+
+
+def _shares(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to the weights, by largest remainder, that sum up to _SHARES."""
+    total = sum(weights)
+    exact = [weight / total * _SHARES for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda k: (shares[k] - exact[k], k))
+    for k in by_remainder[: _SHARES - sum(shares)]:
+        shares[k] += 1
+    if min(shares) == 0:
+        least = min(range(len(weights)), key=lambda k: weights[k])
+        raise ValueError(
+            f"source {least + 1} of the mixture has weight {weights[least]:g} of {total:g}, less than one row "
+            f"in {_SHARES}; give it more, or leave it out"
+        )
+    return shares
+
+
+def _row(tokens: np.ndarray, lengths: np.ndarray) -> Row:
+    """A row of segments of these lengths [n]."""
+    ends = np.cumsum(lengths)
+    segments = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
+    positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(ends - lengths, lengths).astype(np.int32)
+    targets = np.roll(tokens, -1)
+    targets[ends - 1] = IGNORE
+    return Row(tokens, targets, segments, positions)

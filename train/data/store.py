@@ -1,0 +1,126 @@
+"""Tokenized documents on disk, mapped into memory: raw tokens in a few files, and where each document begins."""
+
+import bisect
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.files import sha256_file, shown
+
+MANIFEST = "manifest.json"
+OFFSETS = "offsets.bin"
+FORMAT, VERSION = "qwen2_jax tokens", 1
+
+_OPEN_FILES = 256
+
+
+def tokens_file(number: int) -> str:
+    return f"tokens-{number:06d}.bin"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds all ids, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def is_store(folder: Path) -> bool:
+    try:
+        return json.loads((folder / MANIFEST).read_bytes())["format"] == FORMAT
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+class TokenStore:
+    """Documents by number: a random-access source in the sense of Grain.
+
+    Attributes:
+      folder: where it is.
+      manifest: what manifest.json says; see docs/data.md.
+      tokens: how many there are in all documents together.
+    """
+
+    def __init__(self, folder: str | Path):
+        """
+        Raises:
+          ValueError: if `folder` is no token store, is damaged, or is of another version.
+        """
+        self.folder = Path(folder)
+        where = shown(self.folder)
+        if not is_store(self.folder):
+            raise ValueError(f"{where} is no folder of tokens; `qwen2-jax train tokenize` makes one")
+        self.manifest = _manifest(self.folder)
+        self._dtype = np.dtype(self.manifest["dtype"])
+        self._files: list[dict[str, Any]] = self.manifest["files"]
+        self._begins = [0, *itertools.accumulate(file["tokens"] for file in self._files)]
+        self.tokens: int = self._begins[-1]
+        self._length: int = self.manifest["documents"]
+        expected = {file["name"]: file["tokens"] * self._dtype.itemsize for file in self._files}
+        expected[OFFSETS] = (self._length + 1) * 8
+        for name, size in expected.items():
+            path = self.folder / name
+            actual = path.stat().st_size if path.exists() else 0
+            if actual != size:
+                raise ValueError(f"{shown(path)} is damaged: it has {actual} bytes, expected {size}; tokenize again")
+        self._offsets = np.memmap(self.folder / OFFSETS, "<u8", mode="r")
+        self._mapped = functools.lru_cache(_OPEN_FILES)(self._map)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, document: int) -> np.ndarray:
+        """All tokens of a document, its end token included, int32."""
+        if not 0 <= document < self._length:
+            raise IndexError(document)
+        return self.read(document, 0, int(self.lengths(np.array([document]))[0]))
+
+    def __repr__(self) -> str:
+        return f"TokenStore({str(self.folder)!r})"
+
+    @property
+    def digest(self) -> str:
+        """Of all tokens and of where documents begin: equal for equal content, wherever it is."""
+        return self.manifest["digest"]
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """How many tokens these documents have, their end tokens included, int64."""
+        return (self._offsets[documents + 1] - self._offsets[documents]).astype(np.int64)
+
+    def read(self, document: int, begin: int, count: int) -> np.ndarray:
+        """`count` tokens of a document from its token `begin` on, int32."""
+        begin += int(self._offsets[document])
+        file = bisect.bisect_right(self._begins, begin) - 1  # no document lies in two files
+        begin -= self._begins[file]
+        return self._mapped(file)[begin : begin + count].astype(np.int32)
+
+    def damages(self) -> Iterator[str]:
+        """Reads all files, and names those that are not what they were when they were written."""
+        for file in (*self._files, {"name": OFFSETS, "sha256": self.manifest["offsets_sha256"]}):
+            if sha256_file(self.folder / file["name"]) != file["sha256"]:
+                yield shown(self.folder / file["name"])
+
+    def _map(self, file: int) -> np.ndarray:
+        return np.memmap(self.folder / self._files[file]["name"], self._dtype, mode="r")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_bytes())
+    if manifest.get("version") != VERSION:
+        raise ValueError(
+            f"{shown(path)} is of version {manifest.get('version')!r}, this program reads {VERSION}; tokenize again"
+        )
+    try:
+        files = [(str(file["name"]), int(file["tokens"]), str(file["sha256"])) for file in manifest["files"]]
+        sound = bool(files) and manifest["dtype"] in ("<u2", "<u4") and manifest["documents"] > 0
+        texts = (manifest["digest"], manifest["offsets_sha256"], manifest["tokenizer"], manifest["task"]["sources"])
+        sound = sound and all(texts) and all(Path(name).name == name and tokens > 0 for name, tokens, _ in files)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{shown(path)} is damaged; tokenize again")
+    return manifest

@@ -1,0 +1,87 @@
+"""`qwen2-jax train tokenize`: files to a folder of tokens, ahead of training."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from convert.files import cores, shown
+from convert.progress import progress_bar
+from qwen2_jax.command import interrupt_by_exception
+from train.data.encode import Encoding
+from train.data.tokenize import MAX_BAD_RECORDS, Tokenized, tokenize
+
+Kind = Annotated[
+    Literal["jsonl", "parquet", "arrow", "array_record", "text"] | None,
+    arg(metavar="{jsonl,parquet,arrow,array_record,text}", help_behavior_hint="(default: as their names say)"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Tokenize files ahead of training: a folder of tokens that `qwen2-jax train pretrain` reads.
+
+    If the command is interrupted, the same command finishes the rest; DST appears only when it is complete, and is the
+    same, byte for byte, however many processes made it.
+    """
+
+    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="SRC... DST")]
+    """Files, folders and globs such as 'code/**/*.py': .jsonl (also .gz, .zst), .parquet, .arrow, .array_record, or
+    plain text, a document per file; a folder that Hugging Face's datasets saved. Last the folder to create."""
+    tokenizer: Annotated[str, arg(metavar="FOLDER")]
+    """Folder with the tokenizer, such as the model's."""
+    field: Annotated[str, arg(metavar="NAME")] = "text"
+    """Field or column that holds a record's text."""
+    kind: Kind = None
+    """What all the files are, whatever their names."""
+    end: Annotated[str | None, arg(metavar="TOKEN", help_behavior_hint="(default: <|endoftext|>)")] = None
+    """Token that ends every document."""
+    control_tokens: bool = False
+    """Read "<|im_start|>" and the like in the texts as tokens, not as characters."""
+    max_bad_records: Annotated[int, arg(metavar="N")] = MAX_BAD_RECORDS
+    """Records that cannot be used and are skipped; with more of them the command stops, naming some."""
+    workers: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: one per processor)")] = None
+    """Processes."""
+    json: bool = False
+    """Report as one JSON object on standard output."""
+
+
+def run(options: Options) -> int:
+    """Does the job; the exit status. Raises ValueError and OSError as `tokenize`."""
+    if options.workers is not None and options.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {options.workers}")
+    if options.max_bad_records < 0:
+        raise ValueError(f"--max-bad-records must not be negative, got {options.max_bad_records}")
+    if len(options.paths) < 2:
+        raise ValueError("SRC or DST is missing; name what to read, and last the folder to create")
+    *sources, destination = options.paths
+    interrupt_by_exception()
+    how = Encoding(options.tokenizer, options.field, options.end, options.control_tokens)
+    with progress_bar("tokenizing", quiet=options.json) as progress:
+        done = tokenize(
+            sources,
+            Path(destination),
+            how,
+            kind=options.kind,
+            max_bad_records=options.max_bad_records,
+            workers=options.workers or cores(),
+            progress=progress,
+        )
+    for record in done.first_bad:
+        print(f"qwen2-jax: warning: skipped {record}", file=sys.stderr)
+    print(json.dumps(done._asdict()) if options.json else sentence(done))
+    return 0
+
+
+def sentence(done: Tokenized) -> str:
+    where = shown(done.destination)
+    content = f"{done.documents:,} documents, {done.tokens:,} tokens"
+    if done.bad_records:
+        content += f", {done.bad_records:,} bad records skipped (see {where}/manifest.json)"
+    if done.already_complete:
+        return f"{where} is complete already: {content}"
+    resumed = f", {done.resumed_parts} of {done.parts} parts from an earlier run" if done.resumed_parts else ""
+    return f"{where}: {content} in {done.seconds:.1f} s{resumed}"
