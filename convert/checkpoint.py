@@ -1,15 +1,18 @@
 """Opens a checkpoint, whichever kind it is."""
 
 import os
+from pathlib import Path
 
 from convert.chunks import Source
 from convert.folder import local_folder
 from convert.hugging_face import HuggingFaceSource
 from convert.native import MANIFEST, NativeSource
+from convert.step_folder import is_step_folder
+from convert.step_source import StepSource
 
 
 def open_checkpoint(path: str | os.PathLike[str], allow_pickle: bool = False) -> Source:
-    """A checkpoint of either kind, open for reading; a hub id is downloaded first.
+    """A checkpoint of any kind, open for reading; a hub id is downloaded first.
 
     Args:
       path: the folder or id.
@@ -20,4 +23,9 @@ def open_checkpoint(path: str | os.PathLike[str], allow_pickle: bool = False) ->
       OSError: if a file cannot be read.
     """
     folder = local_folder(path, "pickles" if allow_pickle else "safetensors")
-    return NativeSource(folder) if (folder / MANIFEST).exists() else HuggingFaceSource(folder, allow_pickle)
+    return open_own(folder) if (folder / MANIFEST).exists() else HuggingFaceSource(folder, allow_pickle)
+
+
+def open_own(folder: Path) -> NativeSource | StepSource:
+    """A checkpoint folder of ours, or a step of a training run. Raises as `open_checkpoint`."""
+    return StepSource(folder) if is_step_folder(folder) else NativeSource(folder)

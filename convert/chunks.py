@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -72,8 +72,27 @@ def chunks_of(shape: Shape, chunk: Shape) -> Iterator[Chunk]:
             yield Chunk(key, box, (base + low) * inner, (base + high) * inner)
 
 
+def fill(out: np.ndarray, start: int, chunks: Sequence[Chunk], read: Callable[[Chunk, np.ndarray], None]) -> None:
+    """Fills `out` (flat) with an array's numbers from `start` on, reading each chunk that it meets as a whole.
+
+    Args:
+      chunks: of the array.
+      read: fills flat memory with all numbers of a chunk.
+    """
+    stop = start + out.size
+    for chunk in chunks:
+        low, high = max(start, chunk.start), min(stop, chunk.stop)
+        if low >= high:
+            continue
+        whole = (low, high) == (chunk.start, chunk.stop)
+        numbers = out[low - start : high - start] if whole else np.empty(chunk.stop - chunk.start, out.dtype)
+        read(chunk, numbers)
+        if not whole:
+            out[low - start : high - start] = numbers[low - chunk.start : high - chunk.start]
+
+
 class Source(Protocol):
-    """A checkpoint of either kind, open for reading from any number of threads."""
+    """A checkpoint of any kind, open for reading from any number of threads."""
 
     config: Qwen2Config
     arrays: dict[str, Array]

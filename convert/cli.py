@@ -55,11 +55,12 @@ class FromHf:
 class ToHf:
     """Convert a checkpoint folder of ours to a Hugging Face folder: the files that transformers itself would write.
 
-    Memory, interruption and DST are as for from-hf. Every number read is checked against its digest.
+    Memory, interruption and DST are as for from-hf. Every number read is checked against its digest. Of a training step
+    the parameters are taken, by default in the number format that its config.json names.
     """
 
     src: Annotated[Positional[Path], arg(metavar="SRC")]
-    """Checkpoint folder of ours."""
+    """Checkpoint folder of ours, or a step of a training run such as RUN/checkpoints/00001000."""
     dst: Annotated[Positional[Path], arg(metavar="DST")]
     """Folder to create."""
     dtype: Dtype = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.checkpoint import open_own
 from convert.chunks import FolderSource
 from convert.destination import check_apart, check_destination, is_finished, work_folder
 from convert.dtypes import weight_dtype
@@ -20,6 +21,7 @@ from convert.folder import carried_files, check_vocabulary, config_bytes, local_
 from convert.hugging_face import HuggingFaceSink, HuggingFaceSource
 from convert.names import arrays_of
 from convert.native import MANIFEST, NativeSink, NativeSource
+from convert.step_source import StepSource, stored_bytes
 from convert.stream import Part, Progress, Tally, copy_arrays
 from convert.workspace import Workspace, open_workspace, remove_leftovers
 from qwen2_jax.json_object import brief
@@ -98,7 +100,9 @@ def convert_to_hf(
     """Converts a checkpoint folder of ours to a Hugging Face folder: the files that transformers itself would write.
 
     Args:
-      source: the folder.
+      source: the folder, or a step of a training run.
+      dtype: of the weights written: bfloat16, float16 or float32. None keeps each one's; of a training step, whose
+        masters are wider than the model that they become, it takes what config.json says.
       shard_size: bytes of weights per file at most, as a number or as text such as "5GB"; one file if all fits.
       fused_experts: write all experts of a layer into one tensor, as transformers 5 holds them, instead of one each.
 
@@ -107,7 +111,10 @@ def convert_to_hf(
     folder = expanded(source)
     if not (folder / MANIFEST).is_file():
         raise ValueError(f"{shown(folder)} is not a checkpoint of ours: it has no {MANIFEST}")
-    opened = NativeSource(folder)
+    opened = open_own(folder)
+    if dtype is None and isinstance(opened, StepSource):
+        dtype = opened.weight_dtype
+    resident = stored_bytes(opened) if isinstance(opened, StepSource) else 0
     check_vocabulary(folder, opened.config)
     limit = parse_size(shard_size)
     options = {
@@ -120,7 +127,7 @@ def convert_to_hf(
     def write(work: Workspace, dtypes: dict[str, np.dtype], memory: int) -> Tally:
         sink = HuggingFaceSink(work.folder, arrays_of(opened.config, fused_experts), dtypes, limit)
         parts = [Part(path, chunk) for path in opened.arrays for chunk in opened.chunks(path)]
-        tally = copy_arrays(opened, sink, parts, work, memory, progress)
+        tally = copy_arrays(opened, sink, parts, work, memory, progress, resident)
         _copy_files(opened, work.folder, dtypes)
         sink.finish()
         return tally
@@ -221,10 +228,12 @@ def _snapshot(folder: Path, watched: list[Path]) -> dict[str, Any]:
     }
 
 
-def _copy_files(source: HuggingFaceSource | NativeSource, folder: Path, dtypes: dict[str, np.dtype]) -> None:
+def _copy_files(
+    source: HuggingFaceSource | NativeSource | StepSource, folder: Path, dtypes: dict[str, np.dtype]
+) -> None:
     for path in carried_files(source.folder):
         shutil.copyfile(path, folder / path.name)
-    if dtypes == source.dtypes:
+    if dtypes == source.dtypes and not isinstance(source, StepSource):
         shutil.copyfile(source.folder / "config.json", folder / "config.json")
     else:
         written = next(iter(dtypes.values()))

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.chunks import Chunk, chunk_shape, chunks_of, is_chunk_shape
+from convert.chunks import Chunk, chunk_shape, chunks_of, fill, is_chunk_shape
 from convert.dtypes import BY_NAME
 from convert.files import as_bytes, listing, read_at, read_json, sha256, sha256_file, write_at
 from convert.folder import read_config
@@ -65,16 +65,9 @@ class NativeSource:
         return list(chunks_of(self.arrays[path].shape, self._chunk_shapes[path]))
 
     def read(self, path: str, start: int, out: np.ndarray) -> None:
-        stop = start + out.size
-        for chunk, digest in zip(self.chunks(path), self._digests[path], strict=True):
-            low, high = max(start, chunk.start), min(stop, chunk.stop)
-            if low >= high:
-                continue
-            whole = (low, high) == (chunk.start, chunk.stop)
-            numbers = out[low - start : high - start] if whole else np.empty(chunk.stop - chunk.start, out.dtype)
-            self._read_chunk(path, chunk, digest, numbers)
-            if not whole:
-                out[low - start : high - start] = numbers[low - chunk.start : high - chunk.start]
+        chunks = self.chunks(path)
+        digests = {chunk.start: digest for chunk, digest in zip(chunks, self._digests[path], strict=True)}
+        fill(out, start, chunks, lambda chunk, numbers: self._read_chunk(path, chunk, digests[chunk.start], numbers))
 
     def _read_chunk(self, path: str, chunk: Chunk, digest: str, numbers: np.ndarray) -> None:
         file = chunk_file(self.folder, path, chunk)

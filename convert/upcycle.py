@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.checkpoint import open_own
 from convert.conversion import Report, run_conversion
 from convert.dtypes import weight_dtype
 from convert.files import shown
 from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
 from convert.hugging_face import HuggingFaceSource
 from convert.native import MANIFEST, NativeSink, NativeSource
+from convert.step_source import StepSource
 from convert.stream import Part, Progress, Tally, copy_arrays
 from convert.upcycle_recipe import Recipe
 from convert.upcycled_source import UpcycledSource
@@ -59,9 +61,9 @@ def upcycle(
     Source: Qwen2 technical report (arXiv 2407.10671), section 2.2.2; `Recipe` says what it leaves open.
     """
     folder = local_folder(source, "pickles" if allow_pickle else "safetensors")
-    dense: NativeSource | HuggingFaceSource
+    dense: NativeSource | StepSource | HuggingFaceSource
     if (folder / MANIFEST).exists():
-        dense, watched = NativeSource(folder), [folder / MANIFEST]
+        dense, watched = open_own(folder), [folder / MANIFEST]
         check_vocabulary(folder, dense.config)
     else:
         dense = HuggingFaceSource(folder, allow_pickle)
