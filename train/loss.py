@@ -34,11 +34,22 @@ make a TPU wait for the head, which is read once per chunk."""
 
 class Loss(NamedTuple):
     total: jax.Array
-    """Cross entropy plus the weighted load-balancing loss, a scalar float32."""
+    """Cross entropy plus the weighted z-loss and load-balancing loss, a scalar float32."""
     cross_entropy: jax.Array
     """Mean over the targets that count, in nats."""
     targets: jax.Array
     """How many count."""
+
+
+class Sums(NamedTuple):
+    """Over the targets that count, scalars float32."""
+
+    total: jax.Array
+    """Cross entropy plus the weighted z-loss."""
+    cross_entropy: jax.Array
+    """Of logsumexp(logits) - logits[target], in nats."""
+    z: jax.Array
+    """Of logsumexp(logits)^2."""
 
 
 class Split(NamedTuple):
@@ -72,44 +83,33 @@ def next_token_targets(tokens: jax.Array, segment_ids: jax.Array | None = None) 
     return jnp.where(same, targets, IGNORE)
 
 
-def next_token_loss(config: Qwen2Config, output: Output, targets: jax.Array) -> Loss:
+def next_token_loss(config: Qwen2Config, output: Output, targets: jax.Array, z_loss: float = 0.0) -> Loss:
     """Mean next-token cross entropy in float32, plus router_aux_loss_coef times the load-balancing loss if MoE.
 
-    The plain form of `chunked_loss`, for small inputs.
+    The plain form of what `train.pretraining.Pretraining` computes, for small inputs.
 
     Args:
       output: of the model, with all logits [B, T, V].
       targets: [B, T] int32 ids, or IGNORE.
+      z_loss: coefficient of the mean of logsumexp(logits)^2.
 
-    Source: load-balancing term as in transformers' Qwen2MoeForCausalLM with output_router_logits.
+    Source: load-balancing term as in transformers' Qwen2MoeForCausalLM with output_router_logits; z-loss, PaLM (arXiv
+    2204.02311), section 5.
     """
     assert output.logits is not None
     counted = targets != IGNORE
-    log_probabilities = jax.nn.log_softmax(output.logits.astype(jnp.float32), axis=-1)
-    ids = jnp.where(counted, targets, 0)
-    chosen = jnp.take_along_axis(log_probabilities, ids[..., None], axis=-1)[..., 0]
-    return _mean(config, output, -jnp.where(counted, chosen, 0.0).sum(), counted.sum(dtype=jnp.int32))
-
-
-def chunked_loss(
-    config: Qwen2Config,
-    params: Params,
-    output: Output,
-    targets: jax.Array,
-    chunk: int = CHUNK,
-    split: Split | None = None,
-) -> Loss:
-    """`next_token_loss` of an output without logits.
-
-    Args:
-      params: of the model, for its head.
-      output: of the model, with logits="none".
-      targets: [B, T] int32 ids, or IGNORE.
-      chunk: tokens per device whose logits exist at a time.
-      split: how the arguments are split over a mesh.
-    """
-    total = cross_entropy(output.hidden, head_of(config, params), targets, chunk, split)
-    return _mean(config, output, total, (targets != IGNORE).sum(dtype=jnp.int32))
+    count = counted.sum(dtype=jnp.int32)
+    logits = output.logits.astype(jnp.float32)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    cross_entropy, z = (
+        jnp.where(counted, of_tokens, 0.0).sum() / jnp.maximum(count, 1).astype(jnp.float32)
+        for of_tokens in (lse - chosen, jnp.square(lse))
+    )
+    total = cross_entropy + z_loss * z
+    if config.is_moe:
+        total += config.router_aux_loss_coef * output.aux_loss
+    return Loss(total, cross_entropy, count)
 
 
 def head_of(config: Qwen2Config, params: Params) -> jax.Array:
@@ -117,19 +117,16 @@ def head_of(config: Qwen2Config, params: Params) -> jax.Array:
     return params["embed"]["embedding"] if config.tie_word_embeddings else params["lm_head"]["kernel"]
 
 
-def _mean(config: Qwen2Config, output: Output, total: jax.Array, count: jax.Array) -> Loss:
-    cross_entropy = total / jnp.maximum(count, 1).astype(jnp.float32)
-    total = cross_entropy
-    if config.is_moe:
-        total += config.router_aux_loss_coef * output.aux_loss
-    return Loss(total, cross_entropy, count)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def cross_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = CHUNK, split: Split | None = None
-) -> jax.Array:
-    """Sum over the targets that count of logsumexp(logits) - logits[target], a scalar float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def loss_sums(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    chunk: int = CHUNK,
+    split: Split | None = None,
+    z_loss: float = 0.0,
+) -> Sums:
+    """Sums over the targets that count, of which only the total has a gradient.
 
     Args:
       hidden: [B, T, D], of the dtype in which products are taken; they accumulate in float32.
@@ -137,27 +134,28 @@ def cross_entropy(
       targets: [B, T] int32 ids, or IGNORE.
       chunk: tokens per device whose logits exist at a time, at least; one of each row if there are more rows.
       split: how the arguments are split over a mesh.
+      z_loss: coefficient of logsumexp(logits)^2 in the total.
     """
-    return _on_mesh(hidden, head, targets, chunk, split, gradients=False)[0]
+    return _on_mesh(hidden, head, targets, chunk, split, z_loss, gradients=False)[0]
 
 
-def _cross_entropy_fwd(hidden, head, targets, chunk, split):
-    total, dhidden, dhead = _on_mesh(hidden, head, targets, chunk, split, gradients=True)
-    return total, (dhidden, dhead)
+def _loss_sums_fwd(hidden, head, targets, chunk, split, z_loss):
+    sums, dhidden, dhead = _on_mesh(hidden, head, targets, chunk, split, z_loss, gradients=True)
+    return sums, (dhidden, dhead)
 
 
-def _cross_entropy_bwd(chunk, split, residuals, dtotal):
+def _loss_sums_bwd(chunk, split, z_loss, residuals, dsums):
     # Together, lest the head's gradient stay unsummed, whole on every device, until the backward pass is through.
     residuals = lax.optimization_barrier(residuals)
-    return *((dtotal * unit.astype(jnp.float32)).astype(unit.dtype) for unit in residuals), None
+    return *((dsums.total * unit.astype(jnp.float32)).astype(unit.dtype) for unit in residuals), None
 
 
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
+loss_sums.defvjp(_loss_sums_fwd, _loss_sums_bwd)
 
 
-def _on_mesh(hidden, head, targets, chunk, split, gradients):
-    """The sum, and its gradients if asked for; each device computes those of its own tokens."""
-    local = functools.partial(_local, chunk=chunk, split=split, gradients=gradients)
+def _on_mesh(hidden, head, targets, chunk, split, z_loss, gradients):
+    """The sums, and the total's gradients if asked for; each device computes those of its own tokens."""
+    local = functools.partial(_local, chunk=chunk, split=split, z_loss=z_loss, gradients=gradients)
     if split is None:
         return local(hidden, head, targets)
     tokens = PartitionSpec(split.rows, split.time)
@@ -169,7 +167,7 @@ def _on_mesh(hidden, head, targets, chunk, split, gradients):
     )
 
 
-def _local(hidden, head, targets, chunk, split, gradients):
+def _local(hidden, head, targets, chunk, split, z_loss, gradients):
     tokens, vocab, embed = (split.rows + split.time, split.vocab, split.embed) if split else ((), (), ())
     weights = head.astype(hidden.dtype)
     if embed:
@@ -183,27 +181,33 @@ def _local(hidden, head, targets, chunk, split, gradients):
         logits = einsum("BTD,VD->BTV", hidden, weights)
         is_target = (ids[None, None] == targets[..., None]).astype(jnp.float32)
         top = _over(lax.pmax, logits.max(axis=-1), vocab)
-        sums = jnp.exp(logits - top[..., None]).sum(axis=-1), (logits * is_target).sum(axis=-1)
-        exponentials, chosen = _over(lax.psum, sums, vocab)
+        parts = jnp.exp(logits - top[..., None]).sum(axis=-1), (logits * is_target).sum(axis=-1)
+        exponentials, chosen = _over(lax.psum, parts, vocab)
         lse = top + jnp.log(exponentials)
         counted = targets != IGNORE
-        total = jnp.where(counted, lse - chosen, 0.0).sum()
+        sums = jnp.where(counted, lse - chosen, 0.0).sum(), jnp.where(counted, jnp.square(lse), 0.0).sum()
         if not gradients:
-            return dhead, (total,)
-        dlogits = jnp.where(counted[..., None], jnp.exp(logits - lse[..., None]) - is_target, 0.0).astype(hidden.dtype)
+            return dhead, (sums,)
+        probabilities = jnp.exp(logits - lse[..., None])
+        if z_loss:
+            probabilities *= 1 + 2 * z_loss * lse[..., None]
+        dlogits = jnp.where(counted[..., None], probabilities - is_target, 0.0).astype(hidden.dtype)
         dhidden = _over(lax.psum, einsum("BTV,VD->BTD", dlogits, weights), vocab).astype(hidden.dtype)
-        return dhead + einsum("BTV,BTD->VD", dlogits, hidden), (total, dhidden)
+        return dhead + einsum("BTV,BTD->DV", dlogits, hidden), (sums, dhidden)
 
-    zeros = jnp.zeros(weights.shape if gradients else (), jnp.float32)
-    dhead, (totals, *dchunks) = lax.scan(step, zeros, _in_chunks(hidden, targets, chunk))
-    total = _over(lax.psum, totals.sum(), tokens)
+    zeros = jnp.zeros(weights.shape[::-1] if gradients else (), jnp.float32)
+    dhead, (of_chunks, *dchunks) = lax.scan(step, zeros, _in_chunks(hidden, targets, chunk))
+    cross_entropy, z = _over(lax.psum, tuple(one.sum() for one in of_chunks), tokens)
+    sums = Sums(cross_entropy + z_loss * z, cross_entropy, z)
     if not gradients:
-        return (total,)
+        return (sums,)
     dhidden = dchunks[0].swapaxes(0, 1).reshape(len(hidden), -1, hidden.shape[-1])[:, : hidden.shape[1]]
     if embed:
-        dhead = lax.psum_scatter(dhead, embed, scatter_dimension=1, tiled=True)
+        # As arrays of their own: XLA would add up whole tables to cut them into parts that are no whole tiles.
+        parts = dhead.reshape(lax.axis_size(embed), -1, dhead.shape[1])
+        dhead = lax.psum_scatter(parts, embed, scatter_dimension=0)
     dhead = _over(lax.psum, dhead, tuple(axis for axis in tokens if axis not in embed))
-    return total, dhidden, dhead.astype(head.dtype)
+    return sums, dhidden, dhead.T.astype(head.dtype)
 
 
 def _axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:

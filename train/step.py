@@ -6,129 +6,204 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qwen2_jax.config import Qwen2Config
-from qwen2_jax.layers import Options
-from qwen2_jax.model import Output, Params, Qwen2, abstract_params, init_params
-from qwen2_jax.moe import router_metrics
+from qwen2_jax.model import Params, abstract_params, init_params
 from sharding.rules import optimizer_shardings, param_shardings
-from train.loss import CHUNK, Loss, chunked_loss, split_over
+from train.guard import Guard, GuardState, acceptable, init_guard, recorded
+from train.objective import Objective, Step
+from train.pretraining import Batch, Pretraining
+
+__all__ = [
+    "Batch",
+    "Metrics",
+    "Step",
+    "TrainState",
+    "abstract_state",
+    "init_state",
+    "loss_and_gradients",
+    "make_train_step",
+    "state_shardings",
+]
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes; also of shapes or shardings of these arrays."""
 
     step: Any
-    """Steps taken, a scalar int32."""
+    """Batches consumed, a scalar int32, those of skipped steps included."""
     params: Params
     """The masters, in the stacked form."""
     optimizer: Any
     """The state of the optax optimizer."""
-
-
-class Batch(NamedTuple):
-    """Each [B, T] int32; also of their shapes."""
-
-    tokens: Any
-    targets: Any
-    """The token to predict at each place, or IGNORE."""
-    segment_ids: Any = None
-    """By default every row is one document."""
-    positions: Any = None
-    """By default each document counts from 0."""
+    guard: GuardState
 
 
 class Metrics(NamedTuple):
-    """Scalars of one step, before it is taken."""
+    """Scalars of one step."""
 
     loss: jax.Array
-    cross_entropy: jax.Array
-    aux_loss: jax.Array
+    """Before the update."""
     gradient_norm: jax.Array
     """Of all gradients together, before clipping."""
-    targets: jax.Array
-    """How many counted."""
-    router: dict[str, jax.Array]
-    """`qwen2_jax.moe.router_metrics`; empty for a dense model."""
-
-
-class Step(NamedTuple):
-    """How to compute a step, as opposed to what."""
-
-    dtype: jax.typing.DTypeLike = jnp.bfloat16
-    """Of activations, and of weights in products."""
-    remat: str = "full"
-    """A policy of `qwen2_jax.remat`."""
-    options: Options = Options()
-    chunk: int = CHUNK
-    """Tokens per device whose logits exist at a time."""
-    mesh: Mesh | None = None
-    """The one that `options` are for."""
+    update_norm: jax.Array
+    """Of all parameters' changes together, as they are or would have been."""
+    learning_rate: jax.Array
+    """Of this update; NaN for an optimizer whose state holds none."""
+    accepted: jax.Array
+    """Whether the update was made, bool."""
+    skipped: jax.Array
+    """Steps of the run so far whose update was not made, int32."""
+    in_a_row: jax.Array
+    """Of these, the ones up to this step without one that was accepted, int32."""
+    objective: dict[str, jax.Array]
+    """What the objective says of the batch."""
 
 
 def make_train_step(
-    config: Qwen2Config, optimizer: optax.GradientTransformation, how: Step = Step()
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The compiled step of one model and optimizer. The state that it is given is used up.
+    config: Qwen2Config,
+    optimizer: optax.GradientTransformation,
+    how: Step = Step(),
+    objective: Objective = Pretraining(),
+    guard: Guard = Guard(),
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """The compiled step of one model, objective and optimizer. The state that it is given is used up.
 
-    The optimizer is expected to clip; products take `how.dtype`, losses, gradients of weights and the update are
-    float32.
+    A step that the guard does not accept leaves parameters and optimizer as they are, bit by bit.
+
+    The optimizer is expected to clip; products take `how.dtype`, losses, sums of gradients and the update are float32.
+
+    Raises:
+      ValueError: for a mesh that does not fit the model, or of CPU devices with remat "offload".
     """
+    if how.remat == "offload" and how.mesh is not None and how.mesh.devices.flat[0].platform == "cpu":
+        # XLA's partitioner fails on the transfers, which are nothing on a CPU anyhow.
+        raise ValueError('remat "offload" does not work on a mesh of CPU devices; take "projections" there')
+    shardings = None if how.mesh is None else state_shardings(config, optimizer, how.mesh)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        gradients, (loss, output) = jax.grad(objective, argnums=1, has_aux=True)(config, state.params, batch, how)
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        where = None if shardings is None else shardings.params
+        loss, sums, gradients = loss_and_gradients(config, state.params, batch, how, objective, where)
         # optax promotes a step count and a rate as it likes, which a strict mode around this step may forbid.
         with jax.named_scope("update"), jax.numpy_dtype_promotion("standard"):
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
-        norm = optax.tree.norm(gradients)
-        router = {} if output.router is None else router_metrics(output.router)
-        metrics = Metrics(loss.total, loss.cross_entropy, output.aux_loss, norm, loss.targets, router)
-        return TrainState(state.step + 1, params, optimizer_state), metrics
 
-    shardings = None if how.mesh is None else (state_shardings(config, optimizer, how.mesh), None)
-    return jax.jit(step, donate_argnums=0, out_shardings=shardings)
+            def made(gradients, params, optimizer_state):
+                updates, optimizer_state = optimizer.update(gradients, optimizer_state, params)
+                return updates, optax.apply_updates(params, updates), optimizer_state
+
+            updates, _, candidate = made(gradients, state.params, state.optimizer)
+            gradient_norm, update_norm = optax.tree.norm(gradients), optax.tree.norm(updates)
+            accepted = acceptable(guard, state.guard, loss, gradient_norm, update_norm)
+            # Computed again behind the decision, in the memory of the old: chosen by `where`, the new would be there
+            # beside them, on a CPU two copies of the parameters.
+            params, optimizer_state = lax.cond(
+                accepted,
+                lambda *given: made(*given)[1:],
+                lambda _, *kept: kept,
+                *(gradients, state.params, state.optimizer),
+            )
+            rate = optax.tree.get(candidate, "learning_rate", jnp.float32(jnp.nan))
+        guarded = recorded(state.guard, accepted, loss, gradient_norm)
+        metrics = Metrics(
+            loss,
+            gradient_norm,
+            update_norm,
+            rate,
+            accepted,
+            guarded.skipped,
+            guarded.in_a_row,
+            objective.metrics(sums),
+        )
+        return TrainState(state.step + 1, params, optimizer_state, guarded), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
-def objective(config: Qwen2Config, params: Params, batch: Batch, how: Step) -> tuple[jax.Array, tuple[Loss, Output]]:
-    """The scalar that is differentiated, and what it was computed from."""
-    model = Qwen2(config, stacked=True, dtype=how.dtype, remat=how.remat, options=how.options)
-    output = model.apply({"params": params}, batch.tokens, batch.positions, batch.segment_ids, logits="none")
-    assert isinstance(output, Output)
-    with jax.named_scope("loss"):
-        split = None if how.mesh is None else split_over(config, how.mesh, batch.targets.shape)
-        loss = chunked_loss(config, params, output, batch.targets, how.chunk, split)
-    return loss.total, (loss, output)
+def loss_and_gradients(
+    config: Qwen2Config,
+    params: Params,
+    batch: Any,
+    how: Step = Step(),
+    objective: Objective = Pretraining(),
+    shardings: Params | None = None,
+) -> tuple[jax.Array, Any, Params]:
+    """The loss of a batch, what the objective sums up, and the parameters' gradients in float32.
+
+    Args:
+      shardings: of the sum of the gradients, if micro-batches are accumulated.
+
+    Raises:
+      ValueError: if a batch is not cut into how.accumulate micro-batches.
+    """
+    several = how.accumulate > 1
+    weight = (jax.vmap(objective.weight) if several else objective.weight)(batch).sum()
+    weight = jnp.where(weight > 0, weight, 1)
+
+    def share(params: Params, batch: Any) -> tuple[jax.Array, Any]:
+        return objective(config, params, batch, how, weight)
+
+    def of_one(batch: Any) -> tuple[jax.Array, Any, Params]:
+        (loss, sums), gradients = jax.value_and_grad(share, has_aux=True)(params, batch)
+        return loss, sums, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradients)
+
+    if not several:
+        return of_one(batch)
+    counts = {leaf.shape[0] for leaf in jax.tree.leaves(batch)}
+    if counts != {how.accumulate}:
+        found = ", ".join(map(str, sorted(counts)))
+        raise ValueError(
+            f"each array of a batch must be [{how.accumulate}, B, T], as so many micro-batches are accumulated; "
+            f"the first axes are {found}. Cut the batch into micro-batches"
+        )
+
+    def add(sums: Any, batch: Any) -> tuple[Any, None]:
+        sums = jax.tree.map(jnp.add, sums, of_one(batch))
+        return sums if shardings is None else (*sums[:2], lax.with_sharding_constraint(sums[2], shardings)), None
+
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), batch)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(of_one, one))
+    return lax.scan(add, zeros, batch)[0]
 
 
 def init_state(
-    config: Qwen2Config, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh | None = None
+    config: Qwen2Config,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> TrainState:
-    """A state with random float32 parameters, made where it belongs."""
+    """A state with random parameters of `dtype`, made where it belongs."""
 
     def init(key):
-        params = init_params(config, key, stacked=True)
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        return new_state(optimizer, init_params(config, key, dtype, stacked=True))
 
     shardings = None if mesh is None else state_shardings(config, optimizer, mesh)
     return jax.jit(init, out_shardings=shardings)(key)
+
+
+def new_state(optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state before the first step of a run from these parameters, stacked."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_guard())
 
 
 def state_shardings(config: Qwen2Config, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state with a `NamedSharding` for each array. Raises ValueError as `param_shardings`."""
     params = param_shardings(config, mesh, stacked=True)
     moments = optimizer_shardings(optimizer, abstract_params(config, stacked=True), params)
-    return TrainState(NamedSharding(mesh, PartitionSpec()), params, moments)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return TrainState(everywhere, params, moments, jax.tree.map(lambda _: everywhere, jax.eval_shape(init_guard)))
 
 
 def abstract_state(
-    config: Qwen2Config, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+    config: Qwen2Config,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> TrainState:
     """The state as `jax.ShapeDtypeStruct`s, placed on a mesh if there is one; costs no memory at any size."""
-    params = abstract_params(config, stacked=True)
-    step = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    state = jax.eval_shape(lambda params: new_state(optimizer, params), abstract_params(config, dtype, stacked=True))
     if mesh is None:
         return state
     shardings = state_shardings(config, optimizer, mesh)
