@@ -25,6 +25,9 @@ from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import abstract_params, init_params
 from qwen2_jax.sizes import PUBLISHED
 from sharding import cli as plan
+from train.data import tokenize_job
+from train.plot import Plot
+from train.run import read_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -108,11 +111,17 @@ def test_commands_parse():
         "evaluate": evaluate.Job,
         "plan": plan.Options,
     }
+    training = {"tokenize": tokenize_job.Options, "plot": Plot}
     assert commands()
     for line in commands():
         job, *argv = shlex.split(line, comments=True)
         try:
-            parse(options[job], argv, prog=job)
+            if job != "train":
+                parse(options[job], argv, prog=job)
+            elif argv[0] == "pretrain":
+                read_run(argv[1:])
+            else:
+                parse(training[argv[0]], argv[1:], prog=argv[0])
         except ValueError as error:
             pytest.fail(f"{line}: {error}")
 
@@ -144,8 +153,8 @@ def at_work(workplace, monkeypatch):
 def test_commands_run(at_work, monkeypatch, capsys):
     for line, source in commands().items():
         job, *argv = shlex.split(line, comments=True)
-        if job == "evaluate":
-            continue  # its lengths are for real models; tests/qwen2_jax/evaluation runs it
+        if job in ("evaluate", "train"):
+            continue  # their lengths are for real models; tests/qwen2_jax/evaluation and tests/train run them
         typed = subprocess.run(["sh", "-c", source], capture_output=True).stdout if source else b"hello\n"
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
         capsys.readouterr()

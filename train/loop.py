@@ -1,0 +1,230 @@
+"""The loop of every kind of training: phases of steps, checkpoints, going on, going back, and stopping."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from train.checkpoints import Checkpoints
+from train.data.batches import Batches
+from train.report.profile import Profile
+from train.report.reporter import Reporter
+from train.report.throughput import Work
+from train.run_folder import Window, add_window, position
+from train.step import Metrics, TrainState
+from train.stopping import STOPPED, StopRequest
+
+
+class Stage(NamedTuple):
+    """A phase, made ready: its steps are `first` + 1 to `last` of the run."""
+
+    first: int
+    last: int
+    step: Any
+    """The jitted training step."""
+    batches: Batches
+    tokens: int
+    """Of a batch."""
+    work: Work | None
+    model: Path
+    """A folder with what checkpoints of this phase hold of their model."""
+
+
+class Limits(NamedTuple):
+    """How often the loop does what; steps and times."""
+
+    save_every: int
+    log_every: int
+    max_skips: int
+    max_rollbacks: int
+
+
+class Loop:
+    """One run from where it stands to its end, or to where it is stopped.
+
+    Args:
+      folder: of the run, for the list of what was passed over.
+      stages: in order, without gaps.
+      state: to start from; its step says where. Used up.
+      abstract: the shapes, dtypes and shardings of the state.
+      windows: batches to pass over, from `train.run_folder.read_windows`.
+      stop: asked after every step.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stages: Sequence[Stage],
+        state: TrainState,
+        abstract: TrainState,
+        limits: Limits,
+        windows: list[Window],
+        checkpoints: Checkpoints,
+        reporter: Reporter,
+        profile: Profile | None,
+        stop: StopRequest,
+    ):
+        self._folder, self._stages, self._state, self._abstract = folder, stages, state, abstract
+        self._limits, self._windows, self._checkpoints = limits, windows, checkpoints
+        self._reporter, self._profile, self._stop = reporter, profile, stop
+        self._step = int(state.step)
+        self._programs: dict[int, Any] = {}
+        self._rollbacks = 0
+        self._saved = self._step if self._step in checkpoints.steps() else None
+        self._interval = _Interval(self._step, 0.0)
+
+    def run(self) -> int:
+        """Trains. Returns the exit status: 0, or STOPPED if it was asked to stop, with everything saved.
+
+        Raises:
+          OSError: if a checkpoint could not be written.
+          ValueError: if steps go on being skipped however often the run goes back, or if the data ends in an error.
+        """
+        total = self._stages[-1].last
+        self._save()  # what cannot be written is found out now, and there is always something to go back to
+        status = 0
+        while self._step < total and not status:
+            number = next(number for number, stage in enumerate(self._stages) if self._step < stage.last)
+            status = self._run_stage(number)
+        self._save()
+        self._checkpoints.wait()
+        if not status:  # who is asked to stop has no time to read
+            self._checkpoints.verify(self._step)
+            self._reporter.event("finished", step=self._step)
+        return status
+
+    def _run_stage(self, number: int) -> int:
+        """Steps until the stage is through, or goes on elsewhere in its data (0), or the run is asked to stop."""
+        stage = self._stages[number]
+        self._reporter.work = stage.work
+        self._checkpoints.use_model(stage.model)
+        self._interval = _Interval(self._step, stage.batches.waited)
+        unseen: list[tuple[int, Metrics]] = []
+        with stage.batches.stream(self._position(number, self._step)) as stream:
+            for index, batch in stream:
+                self._state, metrics = self._take_step(number, batch)
+                self._step += 1
+                stop = self._stop.seen(self._step)
+                reports = self._step == stage.last or self._step % self._limits.log_every == 0
+                saves = self._step % self._limits.save_every == 0
+                ends = stop or self._step == stage.last or self._position(number, self._step) != index + 1
+                # Looking at a step while the next one runs leaves no gap between them.
+                unseen.append((self._step, metrics))
+                now = len(unseen) if reports or saves or ends else len(unseen) - 1
+                seen, unseen = unseen[:now], unseen[now:]
+                bad = next((step for step, metrics in seen if self._must_go_back(step, metrics)), None)
+                if bad is not None:
+                    self._go_back(number, bad)
+                    return 0
+                self._checkpoints.check()
+                if reports:
+                    self._report(stage, metrics)
+                if saves:
+                    self._save()
+                if stop:
+                    self._reporter.event("stopped", step=self._step)
+                    return STOPPED
+                if ends:
+                    return 0
+        raise AssertionError("batches are endless")
+
+    def _position(self, number: int, step: int) -> int:
+        """Of the batch in a stage that is taken after a step."""
+        return position(self._windows, number, step - self._stages[number].first)
+
+    def _take_step(self, number: int, batch: Any) -> tuple[TrainState, Metrics]:
+        program = self._program(number, batch)
+        self._reporter.tick(self._step + 1)
+        if self._profile is not None:
+            self._profile.before(self._step + 1)
+        result = program(self._state, batch)
+        if self._profile is not None:
+            self._profile.after(self._step + 1, result[1])
+        return result
+
+    def _program(self, number: int, batch: Any) -> Any:
+        if number not in self._programs:
+            self._programs.clear()  # that of another stage is not coming back, but for a rollback
+            begin = time.monotonic()
+            self._programs[number] = self._stages[number].step.lower(self._abstract, batch).compile()
+            self._reporter.event("compiled", step=self._step, seconds=round(time.monotonic() - begin, 1))
+            self._interval.pause(time.monotonic() - begin)
+        return self._programs[number]
+
+    def _must_go_back(self, step: int, metrics: Metrics) -> bool:
+        """Notes a step that was skipped. Waits for it."""
+        accepted, in_a_row = jax.device_get((metrics.accepted, metrics.in_a_row))
+        if not accepted:
+            loss, norm = jax.device_get((metrics.loss, metrics.gradient_norm))
+            self._reporter.event("skip", step=step, in_a_row=in_a_row, loss=loss, gradient_norm=norm)
+        return bool(in_a_row > self._limits.max_skips)
+
+    def _go_back(self, number: int, bad: int) -> None:
+        """To the newest checkpoint; the batches since then, up to that of step `bad`, are passed over from now on.
+
+        Source: PaLM (arXiv 2204.02311), section 5.1, restarts ahead of a spike and skips the batches around it.
+        """
+        self._rollbacks += 1
+        stage = self._stages[number]
+        self._checkpoints.wait()
+        target = self._checkpoints.latest()
+        assert target is not None, "step 0 is saved"
+        if self._rollbacks > self._limits.max_rollbacks:
+            raise ValueError(
+                f"the run went back {self._rollbacks - 1} times, and again more than {self._limits.max_skips} steps in "
+                f"a row were skipped, up to step {bad}; the newest checkpoint is that of step {target}: look at the "
+                "data and the learning rate"
+            )
+        window = Window(number, self._position(number, max(target, stage.first)), self._position(number, bad))
+        self._windows = add_window(self._folder, self._windows, window)
+        self._reporter.event("rollback", step=bad, to=target, passed_over=window.stop - window.first)
+        del self._state  # there may be no room for two
+        state, _ = self._checkpoints.restore(target, self._abstract)
+        # The checkpoint may be of a step among those that were skipped: what comes now is counted from 0.
+        guard = state.guard._replace(in_a_row=jnp.zeros_like(state.guard.in_a_row))
+        self._state = state._replace(guard=guard)
+        self._step = self._saved = target
+
+    def _report(self, stage: Stage, metrics: Metrics) -> None:
+        values = jax.device_get(metrics)
+        steps, seconds, wait = self._interval.end(self._step, stage.batches.waited)
+        scalars = values._asdict()
+        scalars.pop("accepted")
+        objective = scalars.pop("objective")
+        rates = {"tokens": steps * stage.tokens, "seconds": seconds, "data_wait": wait}
+        self._reporter.step({"step": self._step} | scalars | objective | rates)
+
+    def _save(self) -> None:
+        if self._step == self._saved:
+            return
+        begin = time.monotonic()
+        self._checkpoints.save(self._step, self._state)
+        self._saved = self._step
+        seconds = time.monotonic() - begin
+        self._reporter.event("checkpoint", step=self._step, seconds=round(seconds, 3))
+        self._interval.pause(seconds)
+
+
+class _Interval:
+    """From one report to the next."""
+
+    def __init__(self, step: int, waited: float):
+        self._step, self._begin, self._waited = step, time.monotonic(), waited
+
+    def pause(self, seconds: float) -> None:
+        """Leaves out time in which no step was asked for."""
+        self._begin += seconds
+
+    def end(self, step: int, waited: float) -> tuple[int, float, float]:
+        """Steps, seconds, and seconds of those that were spent waiting for data; begins the next interval.
+
+        Args:
+          waited: seconds that batches were waited for, ever.
+        """
+        now = time.monotonic()
+        result = step - self._step, now - self._begin, waited - self._waited
+        self._step, self._begin, self._waited = step, now, waited
+        return result

@@ -1,0 +1,348 @@
+"""What a training run is: options of the command line, which a run file (YAML) can hold as well."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from tyro.conf import Positional, Suppress, arg
+
+from qwen2_jax.command import parse
+from sharding.planner.request import Remat
+
+Dtype = Literal["float32", "bfloat16"]
+
+PROG = "qwen2-jax train pretrain"
+_PRESETS = resources.files("train") / "presets"
+
+
+def _check(**limits: tuple[float | None, int]) -> None:
+    """Refuses options, given with the least that they may be."""
+    for name, (value, least) in limits.items():
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+
+
+def _check_positive(**options: float | None) -> None:
+    for name, value in options.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run with its own lengths, batches, data or rope base; what is None is as in the run."""
+
+    steps: int
+    seq: int | None = None
+    batch: int | None = None
+    accumulate: int | None = None
+    rope_theta: float | None = None
+    data: tuple[str, ...] | None = None
+    weights: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        _check(steps=(self.steps, 1), seq=(self.seq, 2), batch=(self.batch, 1), accumulate=(self.accumulate, 1))
+        _check_positive(rope_theta=self.rope_theta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The model, and the weights to start from."""
+
+    model: Annotated[str | None, arg(metavar="NAME|FOLDER")] = None
+    """Published model, as qwen2-0.5b, or a folder with a config.json; its weights are drawn at random."""
+    init: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Checkpoint whose weights to start from, Hugging Face's or ours, or a step of another run; instead of --model."""
+    tokenizer: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the one of --init)")] = None
+    """Folder with the tokenizer's files; every checkpoint gets a copy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """The text, and how much of it a step takes."""
+
+    data: Annotated[tuple[str, ...], arg(metavar="PATH...")] = ()
+    """Folders that `train tokenize` made, or text: files, folders, globs of jsonl, parquet, Arrow, ArrayRecord, txt."""
+    weights: Annotated[tuple[float, ...], arg(metavar="X...", help_behavior_hint="(default: by size)")] = ()
+    """Share of the tokens that each of --data gets."""
+    field: str = "text"
+    """Name of the text in records."""
+    cache: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: RUN/tokens)")] = None
+    """Where text is kept once it is tokenised."""
+    max_bad_records: Annotated[int, arg(metavar="N")] = 0
+    """Damaged records to pass over, counted and named, before giving up."""
+    seq: Annotated[int, arg(metavar="N")] = 4096
+    """Tokens of a row."""
+    batch: Annotated[int, arg(metavar="N")] = 8
+    """Rows of a step, all devices together."""
+    accumulate: Annotated[int, arg(metavar="N")] = 1
+    """Parts in which a step goes through its rows, to save memory; the gradient is the same."""
+    seed: Annotated[int, arg(metavar="N")] = 0
+    """Of the order of documents, and of random weights."""
+
+    def __post_init__(self):
+        _check(seq=(self.seq, 2), batch=(self.batch, 1), accumulate=(self.accumulate, 1), seed=(self.seed, 0))
+        _check(max_bad_records=(self.max_bad_records, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimization:
+    """AdamW after clipping; norms and biases do not decay."""
+
+    steps: Annotated[int, arg(metavar="N")] = 1000
+    """Steps of the whole run, unless the run file lists phases."""
+    learning_rate: Annotated[float, arg(metavar="X")] = 3e-4
+    """Highest rate, after the warm-up."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """What follows the warm-up: a cosine to --final-rate, a plateau with a decay at its end (wsd), or nothing."""
+    warmup: Annotated[int, arg(metavar="N")] = 100
+    """Steps over which the rate rises from zero."""
+    decay: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth of all steps)")] = None
+    """Last steps over which wsd brings the rate down."""
+    final_rate: Annotated[float, arg(metavar="X")] = 0.1
+    """What the rate ends at, as a share of --learning-rate."""
+    beta1: Annotated[float, arg(metavar="X")] = 0.9
+    beta2: Annotated[float, arg(metavar="X")] = 0.95
+    epsilon: Annotated[float, arg(metavar="X")] = 1e-8
+    weight_decay: Annotated[float, arg(metavar="X")] = 0.1
+    clip_norm: Annotated[float, arg(metavar="X")] = 1.0
+    """Longest gradient, over all parameters; 0 does not clip."""
+    z_loss: Annotated[float, arg(metavar="X")] = 0.0
+    """Weight of the squared log-partition in the loss."""
+    params_dtype: Dtype = "float32"
+    """Of the master weights."""
+    moments_dtype: Dtype = "float32"
+    """Of AdamW's first moment."""
+
+    def __post_init__(self):
+        _check(steps=(self.steps, 1), warmup=(self.warmup, 0), decay=(self.decay, 1))
+        _check(weight_decay=(self.weight_decay, 0), clip_norm=(self.clip_norm, 0), z_loss=(self.z_loss, 0))
+        _check_positive(learning_rate=self.learning_rate, epsilon=self.epsilon)
+        for name, value in (("final-rate", self.final_rate), ("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= value <= 1 or (name != "final-rate" and value == 1):
+                raise ValueError(f"--{name} is a share, from 0 to 1, got {value}")
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"--decay is for --schedule wsd, got --schedule {self.schedule}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How, as opposed to what: none of these changes the result, but for rounding."""
+
+    mesh: Annotated[str, arg(metavar="AXIS=N,...")] = "fsdp=-1"
+    """How devices are used: data, fsdp, expert, context, tensor; -1 for one of them takes what is left."""
+    dtype: Dtype = "bfloat16"
+    """Of activations, and of weights in products."""
+    remat: Remat = "full"
+    """What is kept of each layer for the backward pass; the rest is computed again."""
+    attention: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: by platform)")] = None
+    """Implementation of attention."""
+    moe: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: by platform)")] = None
+    """Backend of expert layers."""
+    capacity_factor: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: nothing is dropped)")] = (
+        None
+    )
+    """Room of an expert, as a multiple of its even share; choices beyond it are dropped, and counted."""
+    no_plan: bool = False
+    """Start even if the planner's formula says that the run does not fit the devices' memory."""
+    compilation_cache: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """Where compiled programs are kept between runs; not for CPU devices, whose cached programs can deadlock."""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Address of process 0, where JAX does not find the cluster by itself; with --processes and --process."""
+    processes: Annotated[int | None, arg(metavar="N")] = None
+    """How many processes the run has."""
+    process: Annotated[int | None, arg(metavar="N")] = None
+    """Which of them this one is, from 0."""
+
+    def __post_init__(self):
+        _check_positive(capacity_factor=self.capacity_factor)
+
+
+@dataclasses.dataclass(frozen=True)
+class Safety:
+    """Checkpoints, and what happens when a step goes wrong."""
+
+    resume: Annotated[str, arg(metavar="auto|never|STEP")] = "auto"
+    """Go on from the newest checkpoint if there is one, refuse to, or go on from STEP (newer ones are put aside)."""
+    save_every: Annotated[int, arg(metavar="N")] = 500
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: Annotated[int, arg(metavar="N")] = 3
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: none)")] = None
+    """Also keep those of steps that this divides."""
+    max_skips: Annotated[int, arg(metavar="N")] = 10
+    """Steps in a row that the guard may skip, before the run goes back to a checkpoint and passes over their data."""
+    max_rollbacks: Annotated[int, arg(metavar="N")] = 3
+    """How often the run may go back, before it gives up."""
+    spikes: Annotated[float | None, arg(metavar="SIGMAS", help_behavior_hint="(default: not looked for)")] = None
+    """Also skip steps whose loss or gradient lies that many standard deviations above those before."""
+
+    def __post_init__(self):
+        _check(save_every=(self.save_every, 1), keep_last=(self.keep_last, 1), keep_every=(self.keep_every, 1))
+        _check(max_skips=(self.max_skips, 1), max_rollbacks=(self.max_rollbacks, 0))
+        _check_positive(spikes=self.spikes)
+        if self.resume not in ("auto", "never") and not self.resume.isdecimal():
+            raise ValueError(f"--resume is auto, never, or the number of a step, got {self.resume!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What one sees."""
+
+    log_every: Annotated[int, arg(metavar="N")] = 10
+    """Steps between lines, and between records of metrics.jsonl."""
+    tensorboard: bool = False
+    """Also write for TensorBoard (pip install 'qwen2-jax[tensorboard]')."""
+    wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
+    """Also report to Weights & Biases (pip install 'qwen2-jax[wandb]')."""
+    profile: Annotated[tuple[int, int] | None, arg(metavar="FIRST LAST")] = None
+    """Steps to trace for XProf, into RUN/profile."""
+
+    def __post_init__(self):
+        _check(log_every=(self.log_every, 1))
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            first, last = self.profile
+            raise ValueError(f"--profile is the first step to trace, from 1, and the last one, got {first} {last}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Train on text: next-token prediction over packed documents, from scratch or from a checkpoint.
+
+    Options can come from a run file, YAML with the same names (`learning_rate: 3e-4`), or from a preset; flags beside
+    it prevail. The same command goes on where the run was stopped, by whatever: a kill costs the steps since the last
+    checkpoint, SIGTERM and Ctrl-C none (they save, and exit with 75). docs/training.md has the details.
+    """
+
+    file: Annotated[Positional[str | None], arg(metavar="FILE|PRESET")] = None
+    """Run file, or name of a preset (docs/training.md lists them)."""
+    out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(required)")] = None
+    """Folder of the run: options, metrics and checkpoints."""
+    start: Annotated[Start, arg(name="")] = Start()
+    text: Annotated[Text, arg(name="")] = Text()
+    optimization: Annotated[Optimization, arg(name="")] = Optimization()
+    compute: Annotated[Compute, arg(name="")] = Compute()
+    safety: Annotated[Safety, arg(name="")] = Safety()
+    output: Annotated[Output, arg(name="")] = Output()
+    phases: Annotated[tuple[Phase, ...], Suppress] = ()
+
+    @property
+    def stretches(self) -> tuple[Phase, ...]:
+        """The phases, one at least, with nothing left to the run but the rope base."""
+        text = self.text
+        return tuple(
+            dataclasses.replace(
+                phase,
+                seq=phase.seq or text.seq,
+                batch=phase.batch or text.batch,
+                accumulate=phase.accumulate or text.accumulate,
+                data=phase.data or text.data,
+                weights=phase.weights or (() if phase.data else text.weights),
+            )
+            for phase in self.phases or (Phase(self.optimization.steps),)
+        )
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.stretches)
+
+
+def read_run(argv: Sequence[str]) -> Run:
+    """The run that a command line asks for, its first argument being a run file, or flags only.
+
+    Raises:
+      OSError: if the run file cannot be read.
+      ValueError: for an option that does not exist, or has no such value, in the file or on the command line.
+    """
+    if not argv or argv[0].startswith("-"):
+        run: Run = parse(Run, argv, prog=PROG)
+        if run.file is not None:
+            raise ValueError(f"a run file comes first, as in {PROG} {run.file} --out RUN; it stands behind options")
+        return run
+    name, *flags = argv
+    options = _read_file(_locate(name))
+    for here, there in (("--init", "model"), ("--model", "init")):  # either says what to start from
+        if any(flag.partition("=")[0] == here for flag in flags):
+            options.pop(there, None)
+    entries = options.pop("phases", None) or []
+    if not isinstance(entries, list):
+        raise ValueError(f"{name}: phases is a list of tables, as - {{steps: 1000, seq: 32768}}; got {entries!r}")
+    phases = tuple(_phase(name, number, entry) for number, entry in enumerate(entries, 1))
+    run = parse(Run, [name, *_as_flags(name, options), *flags], prog=PROG)
+    return dataclasses.replace(run, phases=phases)
+
+
+def as_options(run: Run) -> dict[str, Any]:
+    """The options of a run by name, as a run file has them; what was left to chance or to defaults included."""
+    options: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(run).items():
+        options |= value if isinstance(value, dict) else {name: value}
+    options["phases"] = [
+        {name: value for name, value in phase.items() if value is not None} for phase in options["phases"]
+    ]
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def presets() -> list[str]:
+    return sorted(file.name.removesuffix(".yaml") for file in _PRESETS.iterdir() if file.name.endswith(".yaml"))
+
+
+def _locate(name: str) -> Any:
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+        return Path(name)
+    if name in presets():
+        return _PRESETS / f"{name}.yaml"
+    near = difflib.get_close_matches(name, presets()) or presets()
+    raise ValueError(f"{name} is neither a run file (NAME.yaml) nor a preset; presets like it: {', '.join(near)}")
+
+
+def _read_file(path: Any) -> dict[str, Any]:
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+        raise ValueError(f"{path} holds no options; a run file has lines such as learning_rate: 3e-4")
+    return options
+
+
+def _as_flags(file: str, options: Mapping[str, Any]) -> list[str]:
+    known = {name: default for name, default in as_options(Run()).items() if name not in ("file", "phases")}
+    flags = []
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(_unknown(f"{file}: there is no option {name}", name, known))
+        if isinstance(value, dict):
+            raise ValueError(f"{file}: {name} must be a value or a list, got a table")
+        if value is None or (value is False and known[name] is False):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        flags += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return flags
+
+
+def _phase(file: str, number: int, entry: Any) -> Phase:
+    known = {field.name: field for field in dataclasses.fields(Phase)}
+    where = f"{file}: phase {number}"
+    if not isinstance(entry, dict) or "steps" not in entry:
+        raise ValueError(f"{where} must have steps, and may have {', '.join(known)}; got {entry!r}")
+    flags = []
+    for name, value in entry.items():
+        if name not in known:
+            raise ValueError(_unknown(f"{where} has an option {name} that no phase has", name, known))
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    try:
+        return parse(Phase, flags, prog=PROG)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _unknown(complaint: str, name: Any, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), known)
+    return f"{complaint}; did you mean {' or '.join(near)}?" if near else f"{complaint}; see {PROG} --help"

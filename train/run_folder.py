@@ -1,0 +1,172 @@
+"""The folder of a run: its options, what started it and when, metrics, checkpoints, and data passed over."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import yaml
+
+from train.run import Run, as_options
+
+OPTIONS, STARTS, PASSED_OVER, CHECKPOINTS = "run.yaml", "starts.jsonl", "passed_over.json", "checkpoints"
+
+_PACKAGES = ("qwen2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_FREE = frozenset(
+    """
+    file out resume save_every keep_last keep_every log_every tensorboard wandb profile cache no_plan compilation_cache
+    coordinator processes process
+    """.split()
+)
+"""Options that leave the numbers alone."""
+
+
+class Window(NamedTuple):
+    """Batches of a phase that the run passes over, from `first` up to `stop`."""
+
+    phase: int
+    first: int
+    stop: int
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps it for this run alone.
+
+    Raises:
+      ValueError: if another process trains into it.
+      OSError: if it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() != 0:  # the first process answers for the others
+        yield
+        return
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains into {folder}; stop it, or choose another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems of clouds may have no locks
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def note_start(run: Run, folder: Path, step: int) -> list[str]:
+    """Writes the options of this start, and where it takes place, into the folder.
+
+    Returns:
+      The options that differ from those of the start before, as "name: old -> new", of those that change numbers.
+
+    Raises:
+      ValueError: if the options of the start before cannot be read.
+    """
+    options = _plain(as_options(run))
+    before = _read_options(folder / OPTIONS)
+    changes = [
+        f"{name}: {before[name]} -> {value}"
+        for name, value in options.items()
+        if name not in _FREE and name in before and before[name] != value
+    ]
+    if jax.process_index() == 0:
+        write_whole(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False).encode())
+        with open(folder / STARTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "changes": changes} | _circumstances()) + "\n")
+    return changes
+
+
+def read_windows(folder: Path) -> list[Window]:
+    """Raises ValueError if the file is not what `add_window` writes."""
+    path = folder / PASSED_OVER
+    if not path.exists():
+        return []
+    try:
+        return [Window(*map(int, entry)) for entry in json.loads(path.read_text())]
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); it lists [phase, first, stop] of batches passed over") from None
+
+
+def add_window(folder: Path, windows: list[Window], new: Window) -> list[Window]:
+    """The windows with one more, noted in the folder; older ones lie in it or apart from it. Raises OSError."""
+    apart = [old for old in windows if old.phase != new.phase or old.stop <= new.first or new.stop <= old.first]
+    windows = [*apart, new]
+    if jax.process_index() == 0:
+        write_whole(folder / PASSED_OVER, json.dumps(windows).encode())
+    return windows
+
+
+def position(windows: list[Window], phase: int, step: int) -> int:
+    """Which batch of a phase its step takes, counted from 0 both, when the windows are passed over."""
+    for window in sorted(window for window in windows if window.phase == phase):
+        if step >= window.first:
+            step += window.stop - window.first
+    return step
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file that is, after any crash, whole: the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from YAML."""
+    return yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(value))))
+
+
+def _read_options(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML any more: {error}") from None
+    return options if isinstance(options, dict) else {}
+
+
+def _circumstances() -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git": _revision(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """Of the checkout that this code runs from, with a + if files were changed since; None outside one."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,287 @@
+"""A run from its options to its end, whatever the objective."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from convert.checkpoint import open_checkpoint
+from convert.chunks import Source
+from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
+from convert.load import load_open
+from qwen2_jax.config import Qwen2Config
+from qwen2_jax.model import abstract_params
+from sharding.checks import check_divides
+from sharding.mesh import MeshSpec, make_mesh
+from sharding.planner.advice import ways_to_fit
+from sharding.planner.chips import Topology
+from sharding.planner.estimate import estimate
+from sharding.planner.request import Optimizer, Request, read_config
+from sharding.run import run_options
+from train.checkpoints import Checkpoints
+from train.data.batches import Batches
+from train.data.packing import Rows
+from train.guard import Guard
+from train.loop import Limits, Loop, Stage
+from train.objective import Objective, Step
+from train.optimizer import adamw
+from train.report.profile import Profile
+from train.report.reporter import Reporter
+from train.report.throughput import chip_of, work
+from train.run import Phase, Run
+from train.run_folder import CHECKPOINTS, locked, note_start, read_windows, write_whole
+from train.schedule import LearningRate
+from train.step import TrainState, abstract_state, init_state, make_train_step, new_state, state_shardings
+from train.stopping import watch_for_stop
+
+RowsOf = Callable[[int, Phase], Rows]
+"""The rows of a phase, by its number from 0."""
+
+
+def train(run: Run, objective: Objective, rows_of: RowsOf) -> int:
+    """Trains, from the newest checkpoint in the run's folder or from the beginning.
+
+    Args:
+      run: its options.
+      objective: what to make smaller.
+      rows_of: the data; asked for every phase, in order.
+
+    Returns:
+      The exit status: 0 when the last step is saved and was read back, `train.stopping.STOPPED` when the run was asked
+      to stop, and saved.
+
+    Raises:
+      ValueError, OSError: for options, files or data that do not serve, before anything is compiled; and for what goes
+        wrong on the way, as `Loop.run`.
+    """
+    if run.out is None:
+        raise ValueError("--out is missing: name the folder of the run")
+    config, weights = _model(run)
+    tokenizer = tokenizer_of(run)
+    check_vocabulary(tokenizer, config)
+    spec = MeshSpec.parse(run.compute.mesh).resolve(jax.device_count())
+    phases = run.stretches
+    configs = [_config_of(config, phase) for phase in phases]
+    for config, phase in zip(configs, phases, strict=True):
+        _check(run, config, phase, spec)
+    optimizer = _optimizer(run)
+    mesh = make_mesh(spec)
+    abstract = abstract_state(configs[0], optimizer, mesh, jnp.dtype(run.optimization.params_dtype))
+    with contextlib.ExitStack() as open_until_done:
+        enter = open_until_done.enter_context
+        enter(locked(run.out))
+        models = [_write_model(run, config, tokenizer, number) for number, config in enumerate(configs)]
+        checkpoints = Checkpoints(run.out / CHECKPOINTS, models[0], run.safety.keep_last, run.safety.keep_every)
+        enter(contextlib.closing(checkpoints))
+        resumed = _resumed(run, checkpoints)
+        if resumed is not None and resumed >= run.steps:
+            return _already_there(run, checkpoints, resumed)
+        stages = _stages(run, configs, rows_of, models, optimizer, objective, mesh)
+        windows = read_windows(run.out)
+        if resumed is None:
+            state = _first_state(run, configs[0], weights, optimizer, mesh)
+        else:
+            state, _ = checkpoints.restore(resumed, abstract)
+        changes = note_start(run, run.out, resumed or 0)
+        stop = enter(watch_for_stop())
+        output = run.output
+        reporter = enter(
+            Reporter(run.out, run.steps, first_step=resumed or 0, tensorboard=output.tensorboard, wandb=output.wandb)
+        )
+        profile = None if output.profile is None else enter(Profile(run.out / "profile", *output.profile))
+        reporter.start(_facts(run, configs[0], spec, resumed))
+        if changes:
+            reporter.event("options", step=resumed or 0, changed="; ".join(changes))
+        limits = Limits(run.safety.save_every, output.log_every, run.safety.max_skips, run.safety.max_rollbacks)
+        loop = Loop(run.out, stages, state, abstract, limits, windows, checkpoints, reporter, profile, stop)
+        del state  # the loop uses it up
+        return loop.run()
+
+
+def tokenizer_of(run: Run) -> Path:
+    """The folder with the run's tokenizer.
+
+    Raises:
+      ValueError: if none was named, or the folder holds none.
+    """
+    folder = run.start.tokenizer or (None if run.start.init is None else local_folder(run.start.init))
+    if folder is None:
+        raise ValueError("--tokenizer is missing: name a folder with tokenizer.json, such as that of a published model")
+    if not carried_files(Path(folder)):
+        raise ValueError(f"{folder} holds no tokenizer; --tokenizer names a folder with tokenizer.json")
+    return Path(folder)
+
+
+def _model(run: Run) -> tuple[Qwen2Config, Source | None]:
+    """The model, and where its first weights are, unless they are drawn."""
+    start = run.start
+    if (start.model is None) == (start.init is None):
+        raise ValueError(
+            "name the model by --model (random weights) or by --init (those of a checkpoint), "
+            f"{'not by both' if start.model else 'got neither'}"
+        )
+    if start.init is not None:
+        source = open_checkpoint(start.init)
+        return source.config, source
+    assert start.model is not None
+    return read_config(start.model), None
+
+
+def _config_of(config: Qwen2Config, phase: Phase) -> Qwen2Config:
+    return config if phase.rope_theta is None else dataclasses.replace(config, rope_theta=phase.rope_theta)
+
+
+def _check(run: Run, config: Qwen2Config, phase: Phase, spec: MeshSpec) -> None:
+    assert phase.batch is not None and phase.seq is not None and phase.accumulate is not None
+    if phase.accumulate < 1 or phase.batch < 1 or phase.batch % phase.accumulate:
+        raise ValueError(
+            f"a batch of {phase.batch} rows does not divide into {phase.accumulate} parts; change one of them"
+        )
+    rows = phase.batch // phase.accumulate
+    check_divides(config, spec, rows, phase.seq)
+    if config.max_length is not None and phase.seq > config.max_length:
+        raise ValueError(f"the model has positions for {config.max_length} tokens, got --seq {phase.seq}")
+    chip = chip_of(jax.devices()[0].device_kind)
+    if chip is None or run.compute.no_plan:
+        return
+    # Memory does not depend on how the chips are connected.
+    place = Topology(chip, (jax.device_count(),))
+    optimizer: Optimizer = "adamw-bf16" if run.optimization.moments_dtype == "bfloat16" else "adamw"
+    name = run.start.model or run.start.init or ""
+    request = Request(name, config, place, spec, "train", rows, phase.seq, run.compute.remat, optimizer)
+    if not (plan := estimate(request)).fits:
+        ways = ways_to_fit(request)
+        advice = f"it would with {' or '.join(ways)}" if ways else "use more devices"
+        raise ValueError(
+            f"a device would need {plan.memory.total / 1e9:.1f} GB and has {chip.memory / 1e9:.1f}: {advice}; "
+            "--no-plan starts all the same"
+        )
+
+
+def _optimizer(run: Run) -> optax.GradientTransformation:
+    how = run.optimization
+    decay = 0
+    if how.schedule == "wsd":
+        decay = max(1, run.steps // 10) if how.decay is None else how.decay
+    if how.warmup + decay > run.steps:
+        ends = f" and --decay {decay}" if decay else ""
+        raise ValueError(f"--warmup {how.warmup}{ends} do not fit into a run of {run.steps} steps; shorten them")
+    rate = LearningRate(how.learning_rate, how.schedule, how.warmup, decay, how.final_rate).over(run.steps)
+    return adamw(
+        rate,
+        b1=how.beta1,
+        b2=how.beta2,
+        eps=how.epsilon,
+        weight_decay=how.weight_decay,
+        clip_norm=how.clip_norm or None,
+        moments_dtype=jnp.dtype(how.moments_dtype),
+    )
+
+
+def _guard(run: Run) -> Guard:
+    sigmas = run.safety.spikes
+    if sigmas is None:
+        return Guard(max_skips=run.safety.max_skips)
+    return Guard(spikes=True, sigmas=sigmas, max_skips=run.safety.max_skips)
+
+
+def _stages(
+    run: Run,
+    configs: Sequence[Qwen2Config],
+    rows_of: RowsOf,
+    models: Sequence[Path],
+    optimizer: optax.GradientTransformation,
+    objective: Objective,
+    mesh: Mesh,
+) -> list[Stage]:
+    how, stages, first = run.compute, [], 0
+    for number, (config, phase, model) in enumerate(zip(configs, run.stretches, models, strict=True)):
+        assert phase.batch is not None and phase.seq is not None and phase.accumulate is not None
+        options = run_options(config, mesh, attention=how.attention, moe=how.moe, capacity_factor=how.capacity_factor)
+        computed = Step(jnp.dtype(how.dtype), how.remat, options, mesh=mesh, accumulate=phase.accumulate)
+        step = make_train_step(config, optimizer, computed, objective, _guard(run))
+        shape = phase.batch // phase.accumulate, phase.seq
+        batches = Batches(rows_of(number, phase), shape if phase.accumulate == 1 else (phase.accumulate, *shape), mesh)
+        cost = work(config, phase.seq, jax.devices())
+        stages.append(Stage(first, first + phase.steps, step, batches, phase.batch * phase.seq, cost, model))
+        first += phase.steps
+    return stages
+
+
+def _first_state(
+    run: Run, config: Qwen2Config, weights: Source | None, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    dtype = jnp.dtype(run.optimization.params_dtype)
+    if weights is None:
+        return init_state(config, optimizer, jax.random.key(run.text.seed), mesh, dtype)
+    _, params = load_open(weights, dtype, mesh, stacked=True)
+    shardings = state_shardings(config, optimizer, mesh)
+    return jax.jit(functools.partial(new_state, optimizer), out_shardings=shardings, donate_argnums=0)(params)
+
+
+def _write_model(run: Run, config: Qwen2Config, tokenizer: Path, phase: int) -> Path:
+    """A folder with what a checkpoint of this phase says of its model."""
+    assert run.out is not None
+    folder = run.out / "model" / f"phase-{phase + 1}"
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.json", config_bytes(config, np.dtype(run.compute.dtype)))
+        for file in carried_files(tokenizer):
+            write_whole(folder / file.name, file.read_bytes())
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"model of phase {phase}")
+    return folder
+
+
+def _resumed(run: Run, checkpoints: Checkpoints) -> int | None:
+    """The step to go on from; None begins anew."""
+    steps, wanted = checkpoints.steps(), run.safety.resume
+    if wanted == "auto":
+        return steps[-1] if steps else None
+    if wanted == "never":
+        if steps:
+            raise ValueError(
+                f"{run.out} holds step {steps[-1]} of a run already; choose another --out, or --resume auto"
+            )
+        return None
+    if int(wanted) not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        raise ValueError(f"{run.out} has no checkpoint of step {wanted} to resume from; there are: {there}")
+    return int(wanted)
+
+
+def _already_there(run: Run, checkpoints: Checkpoints, step: int) -> int:
+    if step > run.steps:
+        raise ValueError(
+            f"{run.out} is at step {step} already, and asked for are {run.steps} in all; ask for more, or go back by "
+            "--resume STEP"
+        )
+    checkpoints.verify(step)
+    if jax.process_index() == 0:
+        print(f"{run.out} is complete: step {step} of {step} is saved, and was read back", flush=True)
+    return 0
+
+
+def _facts(run: Run, config: Qwen2Config, spec: MeshSpec, resumed: int | None) -> dict[str, str]:
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(config)))
+    devices = jax.devices()
+    phases = "; then ".join(
+        f"{phase.steps:,} steps of {phase.batch} x {phase.seq:,} tokens"
+        + ("" if phase.rope_theta is None else f", rope base {phase.rope_theta:g}")
+        for phase in run.stretches
+    )
+    return {
+        "run": str(run.out),
+        "model": f"{run.start.model or run.start.init}, {count / 1e6:,.1f} M parameters",
+        "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes, mesh {spec}",
+        "phases": phases,
+        "from": "the beginning" if resumed is None else f"step {resumed:,}",
+    }
