@@ -1,5 +1,6 @@
 """`python -m benchmarks`: the model beside transformers; `... convert`: the converter beside cp; `... attention`: Dual
-Chunk Attention beside plain attention; `... moe`: the mixture of experts beside dense products and transformers."""
+Chunk Attention beside plain attention; `... moe`: the mixture of experts beside dense products and transformers;
+`... training`: training steps beside transformers."""
 
 import dataclasses
 import json
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from benchmarks import attention, conversion, machine, moe, side_by_side, table
+from benchmarks import attention, conversion, machine, moe, side_by_side, table, training
 from benchmarks.checkpoints import SIZES
 from benchmarks.moe_block import Shape
 from qwen2_jax.command import exit_code, parse
@@ -45,7 +46,7 @@ class Speed(Common):
     """Measure prefill, decoding, loading and memory with random weights, beside transformers on the same CPU.
 
     Where PyTorch is not installed, or JAX has an accelerator, this project alone. `convert` measures the converter,
-    `attention` Dual Chunk Attention, `moe` the mixture of experts.
+    `attention` Dual Chunk Attention, `moe` the mixture of experts, `training` training steps.
     """
 
     size: str = "qwen2-0.5b"
@@ -135,7 +136,48 @@ class MoE(Common):
         return f"moe --size {self.size} --dtype {' '.join(self.dtype)} --repeats {self.repeats}"
 
 
-KINDS: dict[str, type[Common]] = {"speed": Speed, "convert": Convert, "attention": Attention, "moe": MoE}
+@dataclasses.dataclass(frozen=True)
+class Training(Common):
+    """Measure training steps with random weights, beside transformers with PyTorch's AdamW on the same device.
+
+    Masters are float32 on both sides. Where PyTorch is not installed, this project alone.
+    """
+
+    size: str = "small"
+    """Shape of the model: "small" (51 M parameters), "tiny", or a published name."""
+    dtype: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """Number formats of activations and products to measure."""
+    batch: int = 4
+    """Rows of a step."""
+    seq: int = 512
+    """Tokens of a row."""
+    remat: Literal["none", "projections", "attention", "full"] = "none"
+    """What is computed again in the backward pass; transformers: nothing, or all of a layer."""
+    steps: int = 3
+    """Steps of one measurement."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.size not in training.SIZES:
+            raise ValueError(f"unknown --size {self.size!r}; known are {', '.join(training.SIZES)}")
+        for name in ("batch", "seq", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def measured(self) -> str:
+        """The options that shape the measurement."""
+        work = f"--batch {self.batch} --seq {self.seq} --remat {self.remat} --steps {self.steps}"
+        return f"training --size {self.size} --dtype {' '.join(self.dtype)} {work} --repeats {self.repeats}"
+
+
+KINDS: dict[str, type[Common]] = {
+    "speed": Speed,
+    "convert": Convert,
+    "attention": Attention,
+    "moe": MoE,
+    "training": Training,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,6 +204,9 @@ def _run(argv: Sequence[str]) -> None:
             report = attention.measure(options.lengths, sizes, options.implementation, options.dtype, options.repeats)
         elif kind == "moe":
             report = moe.measure(options.dtype, options.repeats, options.shape)
+        elif kind == "training":
+            work = training.Work(options.batch, options.seq, options.remat, options.steps)
+            report = training.measure(Path(folder), options.size, options.dtype, options.repeats, work)
         else:
             report = side_by_side.measure(Path(folder), options.size, options.dtype, options.repeats)
     report = {"command": f"python -m benchmarks {options.measured}", "machine": about, **report}

@@ -71,6 +71,10 @@ def _title(report: dict[str, Any]) -> str:
         tokens = shape["batch"] * shape["length"]
         return f"one sparse block, width {shape['width']}, {experts}, {shared}, {tokens:,} tokens; {where}"
     kind = report["frameworks"][OURS]["device_kind"]
+    if report["benchmark"] == "training":
+        work = report["work"]
+        rows = f"{work['batch']} rows of {work['seq']:,} tokens, remat {work['remat']}"
+        return f"training steps of {report['model']}, {rows}; {where if kind == 'cpu' else f'{kind}, {where}'}"
     return f"{report['model']}; {where if kind == 'cpu' else f'{kind}, {where}'}"
 
 
@@ -85,7 +89,7 @@ def _caption(report: dict[str, Any]) -> str:
         versions = {name: version for framework in about for name, version in framework["versions"].items()}
         text += f" 8 devices: {report['mesh']}, simulated. Times: of qwen2-jax. "
         text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    if report["benchmark"] == "speed":
+    if report["benchmark"] in ("speed", "training"):
         about = report["frameworks"].values()
         versions = {name: version for framework in about for name, version in framework["versions"].items()}
         text += " " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
@@ -129,6 +133,20 @@ def _cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 _quantity(median, "seconds"),
                 f"{result['ratios'][name]:.2f}",
                 f"{result['flops'] / median / 1e9:.0f}",
+            ]
+            for result in results
+            for name, median in result["medians"].items()
+        ]
+    if report["benchmark"] == "training":
+        return ["", "", "tokens/s", "ratio", "TFLOP/s", "MFU", "peak memory"], [
+            [
+                result["dtype"] if name == OURS else "",
+                name,
+                f"{median:,.0f}",
+                f"{median / result['medians'][THEIRS]:.2f}" if THEIRS in result["medians"] else "",
+                f"{median * result['flops_per_token'] / 1e12:.3g}",
+                f"{median * result['flops_per_token'] / result['peak_flops']:.1%}" if result["peak_flops"] else "",
+                _quantity(result["memory"][name], "bytes"),
             ]
             for result in results
             for name, median in result["medians"].items()

@@ -89,6 +89,20 @@ def test_moe(tmp_path):
     assert "| dense einsum |" in markdown.read_text()
 
 
+def test_training(tmp_path):
+    markdown = page(tmp_path, "training")
+    arguments = ["training", "--size", "tiny", "--dtype", "float32", "--repeats", "1", "--batch", "2", "--seq", "32"]
+    assert main([*arguments, "--json", str(tmp_path / "out.json"), "--markdown", str(markdown)]) == 0
+
+    report = json.loads((tmp_path / "out.json").read_text())
+    (result,) = report["results"]
+    assert result["medians"].keys() == ({"qwen2-jax", "transformers"} if COMPARED else {"qwen2-jax"})
+    assert (result["ratio"] is not None) == COMPARED
+    assert result["losses"]["qwen2-jax"][-1] < result["losses"]["qwen2-jax"][0]
+    assert result["flops_per_token"] > 6 * 2 * 512 * 64
+    assert "| qwen2-jax |" in markdown.read_text()
+
+
 @pytest.mark.parametrize("gigabytes", [0.1, 2, 14])
 def test_config_of(gigabytes):
     nbytes = 2 * sum(array.size for array in arrays_of(config_of(gigabytes * 1e9)).values())
