@@ -193,7 +193,9 @@ def _local(hidden, head, targets, chunk, split, z_loss, gradients):
             probabilities *= 1 + 2 * z_loss * lse[..., None]
         dlogits = jnp.where(counted[..., None], probabilities - is_target, 0.0).astype(hidden.dtype)
         dhidden = _over(lax.psum, einsum("BTV,VD->BTD", dlogits, weights), vocab).astype(hidden.dtype)
-        return dhead + einsum("BTV,BTD->DV", dlogits, hidden), (sums, dhidden)
+        # Over one axis X of rows and time: XLA:CPU has no product of bfloat16 over two that gives [D, V].
+        x, dlogits = (array.reshape(-1, array.shape[-1]) for array in (hidden, dlogits))
+        return dhead + einsum("XD,XV->DV", x, dlogits), (sums, dhidden)
 
     zeros = jnp.zeros(weights.shape[::-1] if gradients else (), jnp.float32)
     dhead, (of_chunks, *dchunks) = lax.scan(step, zeros, _in_chunks(hidden, targets, chunk))

@@ -93,7 +93,7 @@ def test_logits_are_not_gathered():
     over = {axis: [one for one in large if one.axes == (axis,)] for axis in ("fsdp", "tensor")}
     assert {(one.kind, one.shape, one.count) for one in over["fsdp"]} == {
         ("all-gather", f"f32[{V // 4},{D}]", 1),
-        ("reduce-scatter", f"f32[{V // 4},{D}]", 1),
+        ("reduce-scatter", f"f32[2,{D // 2},{V // 4}]", 1),
     }
     assert {one.kind for one in over["tensor"]} == {"all-reduce"}
     assert {array for one in over["tensor"] for array in arrays(one.shape)} == {
