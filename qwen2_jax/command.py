@@ -100,6 +100,8 @@ def _unboxed(text: str) -> str:
     lines = "\n".join(line.strip("│╰╯ ") for line in text.splitlines())
     title, *sections = (section.strip() for section in re.split(r"[─-]{4,}╮?", lines))
     complaints = [section.partition("\n\n")[0] for section in sections[:1]] or [title]
+    # A group of options that refuses one of them names it itself.
+    complaints[0] = re.sub(r"^Error parsing (?!-)[\w ]*: ", "", complaints[0])
     for section in sections[1:]:
         if section.startswith("Unrecognized"):
             complaints.append(section)

@@ -45,9 +45,10 @@ _PARTIAL = f".{MANIFEST}.partial"
 _STEP = re.compile(r"\d{8,}")
 _STATE = re.compile(r"state-(\d+)(\.orbax.*)?")  # the second part while Orbax writes
 _LOG = logging.getLogger(__name__)
-_OF_NO_USE = re.compile(".*Skipping merge of OCDBT|TensorStore data files not found")
+_OF_NO_USE = re.compile(r".*Skipping merge of OCDBT|TensorStore data files not found|.*run\(\) raised an exception")
 
-# Orbax warns at every save and load that there is no OCDBT, which was not asked for.
+# Orbax warns at every save and load that there is no OCDBT, which was not asked for, and prints what goes wrong in its
+# threads with a traceback, though it is raised all the same.
 logging.getLogger("absl").addFilter(lambda record: not _OF_NO_USE.match(str(record.msg)))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -66,7 +67,7 @@ class Start:
 class Text:
     """The text, and how much of it a step takes."""
 
-    data: Annotated[tuple[str, ...], arg(metavar="PATH...")] = ()
+    data: Annotated[tuple[str, ...], arg(metavar="PATH...", help_behavior_hint="(required)")] = ()
     """Folders that `train tokenize` made, or text: files, folders, globs of jsonl, parquet, Arrow, ArrayRecord, txt."""
     weights: Annotated[tuple[float, ...], arg(metavar="X...", help_behavior_hint="(default: by size)")] = ()
     """Share of the tokens that each of --data gets."""
@@ -107,9 +108,13 @@ class Optimization:
     final_rate: Annotated[float, arg(metavar="X")] = 0.1
     """What the rate ends at, as a share of --learning-rate."""
     beta1: Annotated[float, arg(metavar="X")] = 0.9
+    """How much of the mean of gradients a step keeps."""
     beta2: Annotated[float, arg(metavar="X")] = 0.95
+    """How much of the mean of squared gradients a step keeps."""
     epsilon: Annotated[float, arg(metavar="X")] = 1e-8
+    """Added to the root of that mean, which updates are divided by."""
     weight_decay: Annotated[float, arg(metavar="X")] = 0.1
+    """Share of a weight that an update takes off, before it is multiplied by the rate."""
     clip_norm: Annotated[float, arg(metavar="X")] = 1.0
     """Longest gradient, over all parameters; 0 does not clip."""
     z_loss: Annotated[float, arg(metavar="X")] = 0.0
@@ -273,20 +278,24 @@ def read_run(argv: Sequence[str]) -> Run:
     entries = options.pop("phases", None) or []
     if not isinstance(entries, list):
         raise ValueError(f"{name}: phases is a list of tables, as - {{steps: 1000, seq: 32768}}; got {entries!r}")
+    if entries and ("steps" in options or any(flag.partition("=")[0] == "--steps" for flag in flags)):
+        raise ValueError(f"{name} lists phases, which have steps of their own; --steps does not go with them")
     phases = tuple(_phase(name, number, entry) for number, entry in enumerate(entries, 1))
     run = parse(Run, [name, *_as_flags(name, options), *flags], prog=PROG)
     return dataclasses.replace(run, phases=phases)
 
 
 def as_options(run: Run) -> dict[str, Any]:
-    """The options of a run by name, as a run file has them; what was left to chance or to defaults included."""
+    """The options of a run by name, as a run file has them, defaults included."""
     options: dict[str, Any] = {}
     for name, value in dataclasses.asdict(run).items():
         options |= value if isinstance(value, dict) else {name: value}
     options["phases"] = [
         {name: value for name, value in phase.items() if value is not None} for phase in options["phases"]
     ]
-    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    for name in ("file", "steps") if run.phases else ("file",):
+        del options[name]
+    return json.loads(json.dumps(options, default=str))  # paths as texts, and nothing but lists
 
 
 def presets() -> list[str]:
@@ -313,7 +322,7 @@ def _read_file(path: Any) -> dict[str, Any]:
 
 
 def _as_flags(file: str, options: Mapping[str, Any]) -> list[str]:
-    known = {name: default for name, default in as_options(Run()).items() if name not in ("file", "phases")}
+    known = as_options(Run())
     flags = []
     for name, value in options.items():
         if name not in known:

@@ -24,7 +24,7 @@ OPTIONS, STARTS, PASSED_OVER, CHECKPOINTS = "run.yaml", "starts.jsonl", "passed_
 _PACKAGES = ("qwen2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _FREE = frozenset(
     """
-    file out resume save_every keep_last keep_every log_every tensorboard wandb profile cache no_plan compilation_cache
+    out resume save_every keep_last keep_every log_every tensorboard wandb profile cache no_plan compilation_cache
     coordinator processes process
     """.split()
 )
@@ -74,7 +74,7 @@ def note_start(run: Run, folder: Path, step: int) -> list[str]:
     Raises:
       ValueError: if the options of the start before cannot be read.
     """
-    options = _plain(as_options(run))
+    options = as_options(run)
     before = _read_options(folder / OPTIONS)
     changes = [
         f"{name}: {before[name]} -> {value}"
@@ -124,11 +124,6 @@ def write_whole(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def _plain(value: Any) -> Any:
-    """As it comes back from YAML."""
-    return yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(value))))
 
 
 def _read_options(path: Path) -> dict[str, Any]:

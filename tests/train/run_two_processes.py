@@ -1,0 +1,41 @@
+"""One of the processes of a run, with its share of 8 simulated devices; run by test_two_processes.py."""
+
+import hashlib
+import os
+import signal
+import sys
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from qwen2_jax.command import end_process, exit_code
+from sharding.processes import join_processes
+from tests.train.runs import RandomRows
+from train.loop import Loop
+from train.pretraining import Pretraining
+from train.run import read_run
+from train.training import train
+
+
+def main(stop: str, argv: list[str]) -> int:
+    """`stop`: the step at which this process is sent SIGTERM, or 0. Prints a digest of every batch."""
+    run = read_run(argv)
+    join_processes(run.compute.coordinator, run.compute.processes, run.compute.process)
+    assert jax.device_count() == 8
+    take = Loop._take_step
+
+    def telling(loop, number, batch):
+        whole = batch if jax.process_count() == 1 else multihost_utils.process_allgather(batch, tiled=True)
+        digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole)).hexdigest()
+        print("batch", loop._step + 1, digest[:16], flush=True)
+        if loop._step + 1 == int(stop):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take(loop, number, batch)
+
+    Loop._take_step = telling
+    return train(run, Pretraining(), lambda number, phase: RandomRows(phase.seq, number))
+
+
+if __name__ == "__main__":
+    end_process(exit_code(lambda: main(sys.argv[1], sys.argv[2:])))

@@ -1,0 +1,93 @@
+"""The folder of a run: its lock, its options, and the windows of data that it passes over."""
+
+import dataclasses
+import json
+
+import hypothesis
+import hypothesis.strategies as some
+import pytest
+
+from train.run import Phase, read_run
+from train.run_folder import (
+    OPTIONS,
+    PASSED_OVER,
+    STARTS,
+    Window,
+    add_window,
+    locked,
+    note_start,
+    position,
+    read_windows,
+    write_whole,
+)
+
+
+def test_the_lock(tmp_path):
+    folder = tmp_path / "a" / "run"
+    refused = pytest.raises(ValueError, match="another process trains into .*run; stop it, or choose another --out")
+    with locked(folder), refused, locked(folder):
+        pass
+    with locked(folder):
+        pass
+
+
+def test_options_and_starts(tmp_path):
+    run = read_run(["--out", str(tmp_path), "--data", "a", "--steps", "5", "--profile", "1", "2"])
+    assert note_start(run, tmp_path, 0) == []
+    again = read_run([str(tmp_path / OPTIONS)])
+    assert again.text == run.text and again.optimization == run.optimization and again.output == run.output
+    other = read_run(["--out", str(tmp_path), "--data", "b", "c", "--steps", "7", "--save-every", "3", "--seed", "1"])
+    changes = note_start(other, tmp_path, 4)
+    assert changes == ["data: ['a'] -> ['b', 'c']", "seed: 0 -> 1", "steps: 5 -> 7"]  # save_every changes no number
+    assert note_start(other, tmp_path, 4) == []
+    phased = dataclasses.replace(other, phases=(Phase(7), Phase(2, seq=8192)))
+    assert note_start(phased, tmp_path, 4) == ["phases: [] -> [{'steps': 7}, {'steps': 2, 'seq': 8192}]"]
+    starts = [json.loads(line) for line in (tmp_path / STARTS).read_text().splitlines()]
+    assert [(start["step"], start["changes"]) for start in starts[:3]] == [(0, []), (4, changes), (4, [])]
+    assert starts[0].keys() >= {"time", "command", "git", "python", "versions", "devices", "processes"}
+
+
+@pytest.mark.parametrize("text", [": [", "\x80"])
+def test_damaged_options(text, tmp_path):
+    (tmp_path / OPTIONS).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match="run.yaml is not YAML any more"):
+        note_start(read_run(["--data", "a"]), tmp_path, 0)
+
+
+@pytest.mark.parametrize("text", ["[", "7", "[[1, 2]]", '[[1, 2, "x"]]', '{"a": 1}'])
+def test_damaged_windows(text, tmp_path):
+    (tmp_path / PASSED_OVER).write_text(text)
+    with pytest.raises(ValueError, match=r"passed_over.json is damaged .*; it lists \[phase, first, stop\]"):
+        read_windows(tmp_path)
+
+
+def test_windows_come_back(tmp_path):
+    assert read_windows(tmp_path) == []
+    windows = add_window(tmp_path, [], Window(0, 5, 8))
+    windows = add_window(tmp_path, windows, Window(1, 6, 7))
+    assert read_windows(tmp_path) == windows == [Window(0, 5, 8), Window(1, 6, 7)]
+    assert (
+        add_window(tmp_path, windows, Window(0, 3, 9)) == read_windows(tmp_path) == [Window(1, 6, 7), Window(0, 3, 9)]
+    )
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    write_whole(tmp_path / "file", b"old")
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"old"
+
+
+@hypothesis.given(rollbacks=some.lists(some.tuples(some.integers(0, 12), some.integers(1, 6)), max_size=6))
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_positions_pass_over_what_went_wrong(rollbacks, tmp_path):
+    """After every rollback the run takes the first batches that it has not given up, in order."""
+    windows, given_up = [], set()
+    for target, steps in rollbacks:
+        taken = [index for index in range(200) if index not in given_up]
+        assert [position(windows, 0, step) for step in range(30)] == taken[:30]
+        # From step `target` on so many steps were taken; all of their batches are given up.
+        windows = add_window(tmp_path, windows, Window(0, taken[target], taken[target + steps]))
+        given_up |= set(range(taken[target], taken[target + steps]))
+    assert [position(windows, 1, step) for step in range(5)] == [0, 1, 2, 3, 4]

@@ -1,0 +1,378 @@
+"""Runs that are stopped and gone on with end as those that are not, bit by bit; what does not serve is refused."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from convert.load import load_checkpoint
+from convert.step_folder import read_manifest
+from qwen2_jax.command import exit_code
+from tests.train.runs import Crash, RandomRows, Runner, crash_at, curves, digests, events
+from train.checkpoints import Checkpoints
+from train.loop import Loop
+from train.pretraining import Pretraining
+from train.run import Phase
+from train.run_folder import locked
+from train.stopping import STOPPED
+from train.text import rows_of_text
+from train.training import train
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, tmp_path_factory):
+    """The folder of a whole run, and what it did."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        return folder, Runner(model, patch)(folder)
+
+
+def assert_equal_runs(folder, other, step=12):
+    """Every bit of parameters, optimizer, guard and counters; every curve."""
+    assert digests(folder, step) == digests(other, step)
+    assert curves(folder) == curves(other)
+
+
+def test_a_run(undisturbed):
+    folder, seen = undisturbed
+    assert seen.status == 0
+    assert seen.batches == [(step, step - 1) for step in range(1, 13)]
+    losses = [record["loss"] for record in curves(folder).values()]
+    assert sorted(curves(folder)) == [2, 4, 6, 8, 10, 12] and losses[-1] < losses[0]
+    rates = [record["learning_rate"] for record in curves(folder).values()]
+    assert rates[0] == np.float32(1e-2) and rates == sorted(rates, reverse=True)
+    assert [event["step"] for event in events(folder, "checkpoint")] == [0, 4, 8, 12]
+    assert [event["step"] for event in events(folder, "finished")] == [12]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["00000004", "00000008", "00000012"]
+
+
+def test_the_folder_says_what_it_was(undisturbed, model):
+    folder, _ = undisturbed
+    (start,) = map(json.loads, (folder / "starts.jsonl").read_text().splitlines())
+    assert start["step"] == 0 and start["changes"] == []
+    assert start["versions"]["jax"] == jax.__version__ and start["devices"] == "8 x cpu"
+    config, params = load_checkpoint(str(folder / "checkpoints" / "00000012"))
+    assert config.hidden_size == 32 and params["norm"]["scale"].shape == (32,)
+    assert (folder / "checkpoints/00000012/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("stop", [1, 3, 9, 12])
+def test_a_crash_at_any_step(stop, train_run, undisturbed, tmp_path):
+    folder, whole = undisturbed
+    with pytest.raises(Crash):
+        train_run(tmp_path / "run", before=crash_at(stop))
+    first = train_run.seen.batches
+    seen = train_run(tmp_path / "run")
+    assert seen.batches[0][0] == (stop - 1) // 4 * 4 + 1  # no more than an interval is lost
+    assert {**dict(first), **dict(seen.batches)} == dict(whole.batches)  # and no batch is taken twice, or left out
+    assert [step for step, _ in seen.batches] == [*range(seen.batches[0][0], 13)]
+    assert_equal_runs(tmp_path / "run", folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal(number, train_run, undisturbed, tmp_path):
+    """What the step that was under way came to is saved: nothing is done twice."""
+    folder, whole = undisturbed
+    handlers = [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    stopped = train_run(tmp_path / "run", before=lambda step: os.kill(os.getpid(), number) if step == 7 else None)
+    assert stopped.status == STOPPED == 75
+    assert handlers == [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
+    assert [event["step"] for event in events(tmp_path / "run", "stopped")] == [7]
+    seen = train_run(tmp_path / "run")
+    assert stopped.batches + seen.batches == whole.batches
+    assert_equal_runs(tmp_path / "run", folder)
+
+
+def test_moments_and_rate_go_on(train_run, tmp_path):
+    """A resume that loses them looks plausible: so the checkpoint it leaves is compared with what it went on from."""
+    train_run(tmp_path / "run", before=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None)
+    with pytest.raises(Crash):
+        train_run(tmp_path / "run", before=crash_at(8))
+    assert [event["step"] for event in events(tmp_path / "run", "start")] == [0, 7]
+    manifest = read_manifest(tmp_path / "run/checkpoints/00000007")
+    assert manifest.arrays["optimizer.3.updates"].shape == ()
+    begun_with = []
+
+    def look(loop):
+        begun_with.append(jax.device_get(loop._state))
+        raise Crash
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(Loop, "run", look)
+        train_run(tmp_path / "run")
+    (state,) = begun_with
+    assert state.step == 7 and state.guard.accepted == 7
+    assert state.optimizer[1].count == 7 and state.optimizer[3].updates == 7
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(state.optimizer[1].nu))
+
+
+def test_another_mesh(train_run, undisturbed, tmp_path):
+    folder, whole = undisturbed
+    with pytest.raises(Crash):
+        train_run(tmp_path / "run", before=crash_at(7))
+    seen = train_run(tmp_path / "run", "--mesh", "data=2,fsdp=2,tensor=2")
+    assert seen.batches == whole.batches[4:]
+    (changed,) = events(tmp_path / "run", "options")
+    assert changed["changed"] == "mesh: fsdp=-1 -> data=2,fsdp=2,tensor=2"
+    for step, record in curves(folder).items():
+        other = curves(tmp_path / "run")[step]
+        for name in ("loss", "cross_entropy", "learning_rate"):
+            np.testing.assert_allclose(other[name], record[name], rtol=1e-6)
+
+
+def test_resume_never(train_run, undisturbed, tmp_path):
+    folder, _ = undisturbed
+    before = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    with pytest.raises(ValueError, match="holds step 12 of a run already; choose another --out, or --resume auto"):
+        train_run(folder, "--resume", "never")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == before
+    assert train_run(tmp_path / "new", "--resume", "never").status == 0
+
+
+def test_resume_an_earlier_step(train_run, undisturbed, tmp_path):
+    """What came after it is set aside by the first save, and the run becomes the same again."""
+    folder, whole = undisturbed
+    shutil.copytree(folder, tmp_path / "run")
+    with pytest.raises(ValueError, match="no checkpoint of step 5 to resume from; there are: 4, 8, 12$"):
+        train_run(tmp_path / "run", "--resume", 5)
+    with pytest.raises(Crash):  # before anything new is saved, nothing is lost
+        train_run(tmp_path / "run", "--resume", 4, before=crash_at(6))
+    assert read_manifest(tmp_path / "run/checkpoints/00000012").step == 12
+    stopped = train_run(
+        tmp_path / "run",
+        *("--resume", 4),
+        before=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None,
+    )
+    assert stopped.status == STOPPED and stopped.batches == whole.batches[4:6]
+    seen = train_run(tmp_path / "run")
+    assert seen.batches == whole.batches[6:]
+    assert_equal_runs(tmp_path / "run", folder)
+
+
+def test_a_run_that_is_complete(train_run, undisturbed, capsys, tmp_path):
+    folder, _ = undisturbed
+    lines = (folder / "metrics.jsonl").read_text()
+    seen = train_run(folder)
+    assert seen.status == 0 and not seen.batches
+    assert capsys.readouterr().out == f"{folder} is complete: step 12 of 12 is saved, and was read back\n"
+    assert (folder / "metrics.jsonl").read_text() == lines
+    with pytest.raises(ValueError, match="is at step 12 already, and asked for are 10 in all"):
+        train_run(folder, "--steps", 10)
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_from(train_run, undisturbed, tmp_path):
+    folder, _ = undisturbed
+    shutil.copytree(folder, tmp_path / "run")
+    array = max((tmp_path / "run/checkpoints/00000012").rglob("c/*/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 4
+    array.write_bytes(content)
+    with pytest.raises(ValueError, match=r"step 12: .* is damaged.*--resume 8$"):
+        train_run(tmp_path / "run", "--steps", 14)
+
+
+def test_one_run_at_a_time(train_run, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="another process trains into"):
+        train_run(tmp_path / "run")
+    assert train_run(tmp_path / "run").status == 0  # the lock was given back
+
+
+# What cannot be written.
+
+
+def fill_the_disk(folder):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limit[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def take_the_folder_away(folder):
+    """Root may write into any folder, so that it takes more than permissions."""
+    (folder / "checkpoints").rename(folder / "aside")
+    (folder / "checkpoints").write_text("")
+
+    def back():
+        (folder / "checkpoints").unlink()
+        (folder / "aside").rename(folder / "checkpoints")
+
+    return back
+
+
+@pytest.mark.parametrize("trouble", [fill_the_disk, take_the_folder_away])
+def test_what_cannot_be_saved(trouble, train_run, undisturbed, tmp_path, capsys):
+    """The run ends within an interval, with one line, and goes on from the checkpoint before."""
+    folder = tmp_path / "run"
+    with contextlib.ExitStack() as later:
+
+        def before(step):
+            if step == 6:
+                Checkpoints.wait(later.run)
+                later.callback(trouble(folder))
+
+        original = Loop.__init__
+
+        def init(loop, *arguments):
+            original(loop, *arguments)
+            later.run = loop._checkpoints
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Loop, "__init__", init)
+            assert exit_code(lambda: train_run(folder, before=before).status) == 2
+    assert 8 <= train_run.seen.batches[-1][0] <= 12
+    message = capsys.readouterr().err
+    assert message.startswith("qwen2-jax: error: ") and message.count("\n") == 1
+    assert "step 8 could not be saved in" in message or "checkpoints: Not a directory" in message
+    assert train_run(folder).batches[0] == (5, 4)
+    assert_equal_runs(folder, undisturbed[0])
+
+
+def test_a_folder_that_cannot_be_made(train_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        train_run(tmp_path / "file" / "run")
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--model= --init=", "name the model by --model"),
+        ("--init {model}", "name the model by --model .* or by --init .*, not by both"),
+        ("--model qwen3-1b", "unknown model|qwen3-1b"),
+        ("--tokenizer /nowhere", "/nowhere holds no tokenizer"),
+        ("--batch 12 --accumulate 5", "a batch of 12 rows does not divide into 5 parts"),
+        ("--batch 12", "a batch of 12 rows does not divide over data x fsdp x expert = 8"),
+        ("--mesh context=8 --batch 1 --seq 24", "24 tokens do not divide over context=8"),
+        ("--mesh dta=8", "unknown mesh axis 'dta'"),
+        ("--mesh data=3", "mesh data=3 is 3 devices, but there are 8"),
+        ("--mesh tensor=-1,data=-1", "only one axis of a mesh can take what is left"),
+        ("--seq 128", "the model has positions for 64 tokens, got --seq 128"),
+        ("--warmup 13", "--warmup 13 do not fit into a run of 12 steps"),
+        ("--schedule wsd --warmup 10 --decay 5", "--warmup 10 and --decay 5 do not fit into a run of 12 steps"),
+        ("--attention nonesuch", "nonesuch"),
+        ("--resume 3", "has no checkpoint of step 3 to resume from; there are: none"),
+    ],
+)
+def test_refuses_before_compiling(flags, message, train_run, tmp_path, monkeypatch):
+    flags = flags.format(model=train_run.model).split()
+    run = train_run.run(tmp_path / "run", *flags)
+    if flags[0] == "--model=":
+        run = dataclasses.replace(run, start=dataclasses.replace(run.start, model=None, init=None))
+    monkeypatch.setattr(Loop, "_program", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(ValueError, match=message):
+        train(run, Pretraining(), lambda number, phase: RandomRows(phase.seq))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "name the model by --model .* got neither"),
+        ("--init /nowhere/model", "/nowhere/model"),
+        ("--init {out}/checkpoints/00000099", "00000099"),
+    ],
+)
+def test_refuses_what_to_start_from(flags, message, train_run, undisturbed):
+    folder, _ = undisturbed
+    run = train_run.run("run", *flags.format(out=folder).split())
+    run = dataclasses.replace(run, start=dataclasses.replace(run.start, model=None))
+    with pytest.raises((ValueError, OSError), match=message):
+        train(run, Pretraining(), lambda number, phase: RandomRows(phase.seq))
+
+
+def test_begins_with_the_weights_of_another_run(train_run, undisturbed, tmp_path):
+    """--init takes the parameters of a step, and its tokenizer; optimizer and counters begin anew."""
+    folder, _ = undisturbed
+    run = train_run.run(tmp_path / "run", "--save-every", 12)
+    start = dataclasses.replace(run.start, model=None, init=str(folder / "checkpoints/00000012"), tokenizer=None)
+    with pytest.raises(Crash):
+        train_run(tmp_path / "run", run=dataclasses.replace(run, start=start), before=crash_at(1))
+    ours, theirs = digests(tmp_path / "run", 0), digests(folder, 12)
+    same = {name for name in ours if ours[name] == theirs[name]}
+    assert {name for name in ours if name.startswith("params.")} <= same
+    assert not any(name in same for name in ours if name.startswith("optimizer.1.mu"))
+    assert (tmp_path / "run/checkpoints/00000000/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--data is missing: name folders of tokens, or text"),
+        ("--data a b --weights 1", "--weights has 1 numbers for the 2 of --data; give one for each"),
+    ],
+)
+def test_refuses_without_data(flags, message, train_run, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        rows_of_text(train_run.run(tmp_path / "run", *flags.split()))
+    assert not (tmp_path / "run").exists()
+
+
+def test_text_becomes_rows(train_run, model, tmp_path):
+    """Phases begin with different documents, weights and all; what was tokenised is found again."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{number} " for number in range(500)))
+    run = train_run.run(tmp_path / "run", "--data", tmp_path / "a.txt", tmp_path / "b.txt", "--weights", 3, 1)
+    (phase,) = run.stretches
+    rows = rows_of_text(run)(0, phase)
+    texts = [bytes(rows[index].tokens.astype(np.uint8)) for index in range(40)]
+    assert len(list((tmp_path / "run/tokens").iterdir())) == 2
+    assert rows[0].tokens.shape == (phase.seq,) and len(set(texts)) > 20
+    again = rows_of_text(run)(0, phase)
+    assert all(np.array_equal(again[index].tokens, rows[index].tokens) for index in range(40))
+    other = rows_of_text(run)(1, phase)
+    assert any(not np.array_equal(other[index].tokens, rows[index].tokens) for index in range(40))
+
+    stores = sorted((tmp_path / "run/tokens").iterdir())
+    shutil.copytree(model, tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
+    run = train_run.run(tmp_path / "run", "--data", stores[0], "--weights", 1, "--tokenizer", tmp_path / "other")
+    with pytest.raises(ValueError, match="holds tokens of another tokenizer than"):
+        rows_of_text(run)(0, run.stretches[0])
+
+
+def test_needs_a_folder(train_run):
+    run = dataclasses.replace(train_run.run("x"), out=None)
+    with pytest.raises(ValueError, match="--out is missing"):
+        train(run, Pretraining(), lambda number, phase: RandomRows(phase.seq))
+
+
+# Phases.
+
+
+def phased(train_run, folder):
+    run = train_run.run(folder, "--save-every", 2)
+    return dataclasses.replace(run, phases=(Phase(8), Phase(4, seq=32, batch=8, accumulate=1, rope_theta=1e6)))
+
+
+def test_phases(train_run, tmp_path):
+    """Longer rows and another rope base, in a run whose optimizer and schedule go on."""
+    folder = tmp_path / "whole"
+    seen = train_run(folder, run=phased(train_run, folder))
+    assert seen.batches == [(step, step - 1) for step in range(1, 9)] + [(step, step - 9) for step in range(9, 13)]
+    configs = {step: json.loads((folder / f"checkpoints/{step:08d}/config.json").read_text()) for step in (8, 10, 12)}
+    assert [_base(config) for config in configs.values()] == [1e4, 1e6, 1e6]
+    rates = [record["learning_rate"] for record in curves(folder).values()]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.2e-2
+    assert len(events(folder, "compiled")) == 2
+
+    for stop, saved in ((9, 8), (12, 10)):  # behind the last step of the first phase, and within the second
+        with pytest.raises(Crash):
+            train_run(other := tmp_path / f"run{stop}", run=phased(train_run, other), before=crash_at(stop))
+        again = train_run(other, run=phased(train_run, other))
+        assert again.batches == seen.batches[saved:]
+        assert digests(other, 12) == digests(folder, 12)
+
+
+def _base(config):
+    return config.get("rope_theta") or config["rope_parameters"]["rope_theta"]

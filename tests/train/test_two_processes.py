@@ -1,0 +1,80 @@
+"""A run of several processes sees the batches of a run of one, and is stopped by a signal to whichever of them."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.train.runs import OPTIONS, curves, events
+
+SCRIPT = Path(__file__).parent / "run_two_processes.py"
+
+
+def start(folder, model, processes, stop=0, stopped=0):
+    """Runs to the end; what each process printed, and its exit status. `stopped`: the one that gets the signal."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": str(8 // processes),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(SCRIPT.parents[2]),
+    }
+    flags = ["--out", folder, "--model", model, "--tokenizer", model, *OPTIONS, "--log-every", 1]
+    runs = []
+    for process in range(processes):
+        join = ["--coordinator", address, "--processes", processes, "--process", process] if processes > 1 else []
+        command = [sys.executable, SCRIPT, stop if process == stopped else 0, *flags, *join]
+        runs.append(
+            subprocess.Popen(
+                [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    ended = [(*run.communicate(timeout=600), run.returncode) for run in runs]
+    return ended
+
+
+def batches(out):
+    """By step, those that were taken after all."""
+    return {int(step): digest for step, digest in re.findall(r"^batch (\d+) (\w+)$", out, re.MULTILINE)}
+
+
+def same_losses(folder, other):
+    ours, theirs = curves(folder), curves(other)
+    assert ours.keys() == theirs.keys() == set(range(1, 13))
+    for step in ours:
+        np.testing.assert_allclose(ours[step]["loss"], theirs[step]["loss"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_processes(model, tmp_path):
+    one = start(tmp_path / "one", model, 1)
+    assert one[0][2] == 0, one[0][1][-2000:]
+    expected = batches(one[0][0])
+    assert len(set(expected.values())) == 12
+
+    stopped = start(tmp_path / "two", model, 2, stop=6, stopped=1)
+    assert [status for *_, status in stopped] == [75, 75], stopped[0][1][-2000:] + stopped[1][1][-2000:]
+    taken = [batches(out) for out, *_ in stopped]
+    last = max(taken[0])
+    assert taken[0] == taken[1] == {step: expected[step] for step in range(1, last + 1)}
+    assert 6 <= last <= 9  # JAX lets the processes agree on a step, one of the next few
+    assert [event["step"] for event in events(tmp_path / "two", "stopped")] == [last]
+    saves = [event["step"] for event in events(tmp_path / "two", "checkpoint")]
+    assert saves == sorted({0, 4, *([8] if last >= 8 else []), last})
+
+    ((out, errors, status),) = start(tmp_path / "two", model, 1)
+    assert status == 0, errors[-2000:]
+    assert batches(out) == {step: expected[step] for step in range(last + 1, 13)}
+    same_losses(tmp_path / "two", tmp_path / "one")
+
+    four = start(tmp_path / "four", model, 4)
+    assert [status for *_, status in four] == [0] * 4, four[0][1][-2000:]
+    assert all(batches(out) == expected for out, *_ in four)
+    same_losses(tmp_path / "four", tmp_path / "one")
