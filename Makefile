@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
 NONE_SELECTED = [ $$? -eq 5 ]# pytest's exit status when a selection holds no test
 
-.PHONY: demo test test-fast test-slow test-full test-latest lint types format benchmark help
+.PHONY: demo test test-fast test-slow test-tpu test-full test-latest lint types format benchmark help
 
 demo: $(VENV)/ready
 	@$(BIN)/python examples/demo.py
@@ -26,10 +26,14 @@ test-fast: $(VENV)/ready
 test-slow: $(VENV)/ready
 	@$(PYTEST) -m slow || $(NONE_SELECTED)
 
-# The tests that need no PyTorch, with the newest JAX of the supported range, where an interpreter for it exists.
+test-tpu: $(VENV)/ready
+	@$(PYTEST) -m "slow and tpu" || $(NONE_SELECTED)
+
+# The tests that need no PyTorch, with the newest JAX of the supported range, where an interpreter for it exists. Only
+# that environment has the compiler for TPUs, so the slow tests that need it run here as well.
 test-latest:
 	@if [ -n "$(LATEST_PYTHON)" ]; then \
-	  $(MAKE) --no-print-directory PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRA=test-latest test-fast; \
+	  $(MAKE) --no-print-directory PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRA=test-latest test-fast test-tpu; \
 	else \
 	  echo "test-latest: the newest JAX needs Python 3.12, which was not found; nothing to do"; \
 	fi
@@ -49,10 +53,10 @@ benchmark: $(VENV)/ready
 	@$(BIN)/python -m benchmarks
 
 help:
-	@echo "make demo         PyTorch writes two small models, JAX reads them, and both answer the same"
+	@echo "make demo         trains a small model, kills and resumes it, and PyTorch answers as it does; 5 minutes"
 	@echo "make test         lint, types, and the tests that take seconds"
 	@echo "make test-full    the slow tests too"
-	@echo "make test-latest  the tests that need no PyTorch, with the newest JAX, if there is a Python 3.12"
+	@echo "make test-latest  the tests that need no PyTorch, with the newest JAX, and those that compile for TPUs (Python 3.12)"
 	@echo "make lint, types  parts of make test"
 	@echo "make format       lays out the code"
 	@echo "make benchmark    speed and memory beside PyTorch"

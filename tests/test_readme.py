@@ -136,12 +136,13 @@ def workplace(tmp_path_factory):
     (folder / "tokenizer").mkdir()
     backend.save(str(folder / "tokenizer" / "tokenizer.json"))
 
-    native = folder / "build" / "demo" / "jax" / "qwen2"
-    native.parent.mkdir(parents=True)
+    native, published, demo = folder / "native", folder / "Qwen" / "Qwen2-0.5B", folder / "build" / "demo" / "hf"
     save_checkpoint(native, TINY, init_params(TINY, jax.random.key(0)), tokenizer_from=folder / "tokenizer")
-    (folder / "Qwen").mkdir()
-    assert main(["convert", "to-hf", str(native), str(folder / "Qwen" / "Qwen2-0.5B")]) == 0
-    (folder / "Qwen" / "Qwen2-0.5B-Instruct").symlink_to("Qwen2-0.5B")
+    for path in (published, demo):
+        path.parent.mkdir(parents=True)
+    assert main(["convert", "to-hf", str(native), str(published)]) == 0
+    for link in (published.with_name("Qwen2-0.5B-Instruct"), demo):
+        link.symlink_to(published)
     return folder
 
 
