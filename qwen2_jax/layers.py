@@ -14,7 +14,7 @@ from qwen2_jax import moe
 from qwen2_jax.attention import Context, attend
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.heads import HeadLayout, pad_groups, repeat_heads
-from qwen2_jax.placement import Placement, WeightPlacement
+from qwen2_jax.placement import Placement, WeightPlacement, added_rows
 from qwen2_jax.projection import align, project, take_as
 from qwen2_jax.rope import Rotation, Rotations, rotate
 
@@ -120,9 +120,7 @@ def _look_up_fwd(placement, dtype, table, tokens):
 def _look_up_bwd(placement, dtype, residuals, dx):
     table, tokens = residuals
     rows = jnp.clip(tokens, 0, len(table) - 1)  # as they were taken
-    dtable = jnp.zeros(table.shape).at[rows].add(dx.astype(jnp.float32))
-    if placement is not None:
-        dtable = placement.scattered(dtable)
+    dtable = added_rows(table.shape, rows, dx) if placement is None else placement.added_rows(table.shape, rows, dx)
     return dtable.astype(table.dtype), None
 
 
@@ -213,7 +211,11 @@ class MLP(nn.Module):
     options: Options = Options()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, factor: jax.Array | None = None) -> jax.Array:
+        """x [B, T, D] -> [B, T, D], times factor [B, T] if there is one.
+
+        The last product takes the factor in, so that the factor's gradient does not ask for its result again.
+        """
         width, std, placement = self.config.hidden_size, self.config.initializer_range, self.options.placement
         shape, axes = (self.inner, width), ("mlp", "embed")
 
@@ -222,6 +224,8 @@ class MLP(nn.Module):
             return checkpoint_name(placement.activation(y, ("batch", "length", "mlp")), name)
 
         hidden = moe.swiglu(expand("gate"), expand("up"))
+        if factor is not None:
+            hidden *= factor[..., None]
         return Projection("BTF,DF->BTD", shape[::-1], axes[::-1], std, placement=placement, name="down")(hidden)
 
 
@@ -263,9 +267,9 @@ class SparseMoE(nn.Module):
             # All padding looks the same: it would fill the experts of its choice, and their capacity.
             routed, dropped = self._run_experts(x, moe.keep(routing, real[..., None]), experts)
         with jax.named_scope("shared_expert"):
-            shared = MLP(config, config.shared_expert_intermediate_size, self.options, name="shared_expert")(x)
             gate = Projection("BTD,D->BT", (width,), ("embed",), std, placement=placement, name="shared_expert_gate")(x)
-            shared = jax.nn.sigmoid(gate)[..., None] * shared
+            inner = config.shared_expert_intermediate_size
+            shared = MLP(config, inner, self.options, name="shared_expert")(x, jax.nn.sigmoid(gate))
         return routed + shared, moe.router_statistics(routing, real, dropped)
 
     def _run_experts(self, x: jax.Array, routing: moe.Routing, experts: moe.Experts) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 
 
 class WeightPlacement(Protocol):
@@ -17,6 +18,18 @@ class WeightPlacement(Protocol):
     def scattered(self, gradient: jax.Array) -> jax.Array:
         """Its gradient as it is stored."""
         ...
+
+    def added_rows(self, shape: tuple[int, ...], rows: jax.Array, drows: jax.Array) -> jax.Array:
+        """`added_rows` as the gradient of this weight is stored."""
+        ...
+
+
+def added_rows(shape: tuple[int, ...], rows: jax.Array, drows: jax.Array) -> jax.Array:
+    """The gradient of a table of `shape` [V, D] whose `rows` [B, T] were read: drows [B, T, D], added up in float32.
+
+    Rows outside of the table are left out.
+    """
+    return jnp.zeros(shape).at[rows].add(drows.astype(jnp.float32), mode="drop", wrap_negative_indices=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qwen2_jax.placement import Placement
-from sharding.logical import Rules
+from qwen2_jax.placement import Placement, added_rows
+from sharding.logical import RULES, Rules, activation_axes
 from sharding.rules import activation_spec, weight_spec
 
 
@@ -27,6 +27,37 @@ class MeshWeight:
     def scattered(self, gradient: jax.Array) -> jax.Array:
         stored = weight_spec(self.axes, gradient.shape, self.mesh)
         return jax.lax.with_sharding_constraint(gradient, NamedSharding(self.mesh, stored))
+
+    def added_rows(self, shape: tuple[int, ...], rows: jax.Array, drows: jax.Array) -> jax.Array:
+        """Each device adds up its part of the table, of the tokens of all devices along `fsdp` and `tensor`.
+
+        Said so, because the compiler may have each device add up its own tokens in a whole table, to add those up.
+        """
+        stored = weight_spec(self.axes, shape, self.mesh)
+        tokens = activation_axes(("batch", "residual"), rows.shape, self.mesh.shape, RULES["train"])
+        split = [axis for names in tokens for axis in names]
+        local = functools.partial(_added_rows, _part(shape, stored, self.mesh), stored, split)
+        width = None if stored[1] in split else stored[1]
+        specs = PartitionSpec(*tokens), PartitionSpec(*tokens, width)
+        return jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=stored, check_vma=False)(rows, drows)
+
+
+def _part(shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> tuple[int, ...]:
+    return NamedSharding(mesh, spec).shard_shape(tuple(shape))
+
+
+def _added_rows(part, stored, split, rows, drows):
+    vocab, width = stored
+    if width in split:
+        rows = jax.lax.all_gather(rows, width, axis=0, tiled=True)
+        drows = jax.lax.all_to_all(drows, width, split_axis=2, concat_axis=0, tiled=True)
+    if vocab in split:
+        rows, drows = (jax.lax.all_gather(x, vocab, axis=1, tiled=True) for x in (rows, drows))
+    if vocab is not None:
+        rows = rows - jax.lax.axis_index(vocab) * part[0]
+    added = added_rows(part, rows, drows)
+    others = tuple(axis for axis in split if axis not in stored)
+    return jax.lax.psum(added, others) if others else added
 
 
 @dataclasses.dataclass(frozen=True)

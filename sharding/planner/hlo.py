@@ -43,6 +43,8 @@ class Collective:
     bytes: int
     """That one device receives, in all executions."""
     in_loop: bool
+    windowed: bool = False
+    """Whether the compiler does it in pieces, between the pieces of the product that it belongs to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Execution:
 def executions(program: Program) -> Iterator[Execution]:
     """Every instruction that the program runs, also inside fusions; of a conditional, those of every branch.
 
-    A loop whose length depends on data counts once (`loops_of_unknown_length`).
+    What stands in a loop whose length depends on data runs 0 times (`loops_of_unknown_length`).
     """
     return _executions(program, program.entry, 1)
 
@@ -138,7 +140,7 @@ def _executions(
     for instruction in program.computations[computation]:
         yield Execution(instruction, computation, trips, in_loop, fused)
         if instruction.opcode == "while":
-            count = trip_count(program, computation, instruction) or 1
+            count = trip_count(program, computation, instruction) or 0
             yield from _executions(program, _called(instruction, "body")[0], trips * count, True, fused)
         elif instruction.opcode in ("fusion", "call", "conditional", "async-start"):
             for name in _called(instruction, "calls|to_apply|branch_computations|true_computation|false_computation"):
@@ -165,7 +167,8 @@ def trip_count(program: Program, computation: str, loop: Instruction) -> int | N
             return None
     if len(constants) != 1 or len(indices) != 1:
         return None
-    return constants[0] - _start(program, computation, loop, indices[0])
+    first = _start(program, computation, loop, indices[0])
+    return math.ceil((constants[0] - first) / _step(program, loop, indices[0]))
 
 
 def _flattened(program: Program, computation: str) -> Iterator[Instruction]:
@@ -174,17 +177,35 @@ def _flattened(program: Program, computation: str) -> Iterator[Instruction]:
 
 def _start(program: Program, computation: str, loop: Instruction, index: int) -> int:
     """The first value of a loop's counter, 0 unless it is a constant."""
+    at = _element(program, computation, loop.operands[0], index)
+    return int(at.arguments) if at is not None and at.opcode == "constant" else 0
+
+
+def _step(program: Program, loop: Instruction, index: int) -> int:
+    """How much a loop's counter grows in each trip, 1 unless a constant is added: loops may be unrolled."""
+    (body,) = _called(loop, "body")
+    by_name = {instruction.name: instruction for instruction in program.computations[body]}
+    root = next(name for name, instruction in by_name.items() if instruction.root)
+    at = _element(program, body, root, index)
+    if at is None or at.opcode != "add":
+        return 1
+    added = [int(by_name[name].arguments) for name in at.operands if by_name[name].opcode == "constant"]
+    return added[0] if len(added) == 1 else 1
+
+
+def _element(program: Program, computation: str, name: str, index: int) -> Instruction | None:
+    """What stands at an index of a tuple in a computation, before it was copied."""
     by_name = {instruction.name: instruction for instruction in program.computations[computation]}
-    at = by_name.get(loop.operands[0])
+    at = by_name.get(name)
     if at is not None and at.opcode == "tuple":
         at = by_name.get(at.operands[index])
     while at is not None and at.opcode in ("copy", "bitcast"):
         at = by_name.get(at.operands[0])
-    return int(at.arguments) if at is not None and at.opcode == "constant" else 0
+    return at
 
 
 def loops_of_unknown_length(program: Program) -> int:
-    """How many loops `executions` counts once because their length depends on data."""
+    """How many loops `executions` does not count because their length depends on data."""
     return sum(
         trip_count(program, execution.computation, execution.instruction) is None
         for execution in executions(program)
@@ -199,6 +220,7 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
       mesh: the size of each axis, in the order in which the mesh has its devices.
     """
     shapes = shapes_of(program)
+    products = {_op_name(loop) for loop in _loops(program) if _WINDOWED in _called(loop, "body")[0]}
     sums: Counter[tuple] = Counter()
     seen = set()
     for execution in executions(program):
@@ -221,12 +243,30 @@ def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
             if (part := (channel[0], kind, text, execution.in_loop)) in seen:
                 continue
             seen.add(part)
-        sums[kind, axes, devices, text, execution.in_loop] += execution.trips
+        windowed = _WINDOWED in execution.computation or _op_name(instruction) in products
+        sums[kind, axes, devices, text, execution.in_loop, windowed] += execution.trips
     found = [
-        Collective(kind, axes, text, count, _received(kind, bytes_of(text), devices) * count, in_loop)
-        for (kind, axes, devices, text, in_loop), count in sums.items()
+        Collective(kind, axes, text, count, _received(kind, bytes_of(text), devices) * count, in_loop, windowed)
+        for (kind, axes, devices, text, in_loop, windowed), count in sums.items()
+        if count
     ]
     return sorted(found, key=lambda collective: (-collective.bytes, collective.kind, collective.shape))
+
+
+_WINDOWED = "windowed_dot_general"
+"""In the names of the loops into which XLA turns a product and the collective before or behind it ("windowed einsum").
+"""
+
+
+def _loops(program: Program) -> Iterator[Instruction]:
+    every = itertools.chain.from_iterable(program.computations.values())
+    return (instruction for instruction in every if instruction.opcode == "while")
+
+
+def _op_name(instruction: Instruction) -> str:
+    """What the program calls an operation, or something that no other instruction is called."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    return found[1] if found else instruction.name
 
 
 def shapes_of(program: Program) -> dict[str, dict[str, str]]:

@@ -10,8 +10,8 @@ from sharding.planner.hlo import Instruction, Program, arrays, executions, shape
 def flops(program: Program) -> int:
     """Of matrix products and of kernels that say how many they take, on one device, in one run.
 
-    Elementwise work, which a chip does beside, is not counted, nor are loops whose length depends on data beyond their
-    first step.
+    Elementwise work, which a chip does beside, is not counted, nor are loops whose length depends on data. Grouped
+    products count with all the rows that there is room for.
     """
     shapes = shapes_of(program)
     return sum(

@@ -15,6 +15,8 @@ from sharding.planner.work import HALF, SINGLE
 
 _CHUNK = 1024
 """Tokens per device whose logits exist at a time: `train.loss.CHUNK`."""
+_COLUMNS = 4
+"""Rows of a token that are added up at a time: `sharding.own_experts`."""
 
 
 class Memory(NamedTuple):
@@ -222,9 +224,21 @@ class _Sizes:
         shape = (self.request.batch, self.request.queries, width)
         split = split_experts(spread.sizes, shape, config.num_experts, config.num_experts_per_tok)
         devices = spread.sizes["expert"]
+        own = config.num_experts // devices
         arrived = split.tokens if split.variant == "stay" else devices * (split.slots or split.tokens)
-        weights = 3 * config.num_experts // devices * width * inner
-        # Tokens that arrived, their gradients, and sums in float32; rows of a batch likewise, and between the products.
-        tokens = arrived * width * (2 * HALF + SINGLE if training else HALF + SINGLE)
-        rows = split.batch * (width * (2 * HALF + SINGLE if training else 2 * HALF) + 3 * inner * HALF)
-        return weights * (HALF + SINGLE if training else HALF) + tokens + rows
+        weights = 3 * own * width * inner
+        if not training:
+            return weights * HALF + arrived * width * (HALF + SINGLE) + split.batch * (2 * width + 3 * inner) * HALF
+        # Of tokens that arrived: they, what their results are multiplied by, their gradients' sums in float32 with the
+        # rows that are added at a time, and the sums of earlier batches.
+        earlier = split.most_batches > 1 or split.most_rounds > 1
+        columns = min(_COLUMNS, config.num_experts_per_tok, own)
+        tokens = arrived * width * ((2 + columns) * HALF + (1 + earlier) * SINGLE)
+        rows = split.batch * 3 * (width + inner) * HALF
+        return weights * (HALF + SINGLE) + tokens + rows + self.shared_expert()
+
+    def shared_expert(self) -> int:
+        """What waits for its backward pass while that of the routed experts runs."""
+        (inner,) = self.mlp_widths()
+        kernels = 2 * inner * self.config.hidden_size * HALF
+        return kernels + (2 * self.tokens(inner) if self.request.remat in ("full", "attention") else 0)

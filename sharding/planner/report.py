@@ -177,7 +177,7 @@ def collectives_sheet(compiled: "Compiled") -> Sheet:
             collective.shape,
             f"{collective.count:,}",
             f"{quantity(collective.bytes)}B",
-            "yes" if collective.in_loop else "",
+            ("yes, with its product" if collective.windowed else "yes") if collective.in_loop else "",
         )
         for collective in sorted(compiled.collectives, key=lambda collective: -collective.bytes)
     ]

@@ -17,7 +17,7 @@ def suspicions(request: Request, program: Program, collectives: Sequence[Collect
     found = [line for one in collectives if bytes_of(one.shape) >= large for line in _of_collective(request, one)]
     found += _dense_expert_buffers(request, program, large)
     if unknown := loops_of_unknown_length(program):
-        found.append(f"{unknown} loops whose length depends on data count once, with all that is in them")
+        found.append(f"{unknown} loops whose length depends on data are not counted, nor is anything in them")
     return list(dict.fromkeys(found))
 
 
@@ -35,7 +35,7 @@ def _of_collective(request: Request, one: Collective) -> Iterator[str]:
             yield f"all experts' weights are gathered over {over}: {one.shape}"
     if one.kind == "all-reduce" and "fsdp" in one.axes and _weights(request, shapes):
         yield f"a gradient is added up whole over {over}, where its part would do: {one.shape}"
-    if one.in_loop and one.kind == "collective-permute" and "context" not in one.axes:
+    if one.in_loop and one.kind == "collective-permute" and "context" not in one.axes and not one.windowed:
         yield f"activations change their place in every layer, over {over}: {one.shape} ({one.kind})"
     if one.in_loop and one.kind == "all-to-all" and not (config.is_moe and mesh["expert"] > 1 and "expert" in one.axes):
         yield f"activations change their place in every layer, over {over}: {one.shape} ({one.kind})"

@@ -1,6 +1,7 @@
 """The formula beside what XLA says of the compiled programs."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,21 @@ from sharding.planner.request import make_request
 from tests.tpu import run_for_tpu
 
 # model, topology, mesh, task, rows, tokens, remat: arguments, and all that is alive at the worst moment
-# (`memory_analysis().peak_memory_in_bytes`), of each device, as libtpu 0.0.41 and 0.0.50 compiled them.
+# (`memory_analysis().peak_memory_in_bytes`), of each device, as libtpu 0.0.41 or 0.0.50 compiled them.
 MEASURED = {
     ("qwen2-0.5b", "v6e:4x4", "fsdp=16", "train", 64, 4096, "full"): (404_825_088, 2_643_146_976),
+    ("qwen2-0.5b", "v5e:4x4", "fsdp=16", "train", 64, 4096, "full"): (404_828_672, 2_642_109_440),
+    ("qwen2-0.5b", "v5p:2x2x1", "fsdp=4", "train", 32, 4096, "full"): (1_502_216_704, 4_626_622_720),
     ("qwen2-1.5b", "v5e:2x2", "fsdp=4", "train", 16, 4096, "full"): (4_632_806_400, 8_904_552_960),
-    ("qwen2-7b", "v5p:2x2x1", "fsdp=4", "train", 8, 4096, "full"): (22_850_438_144, 33_457_074_400),
+    ("qwen2-1.5b", "v5p:2x2x1", "fsdp=4", "train", 32, 4096, "full"): (4_632_941_056, 10_843_571_968),
+    ("qwen2-1.5b", "v6e:2x2", "fsdp=4", "train", 32, 4096, "full"): (4_632_941_056, 10_939_916_544),
+    ("qwen2-7b", "v5p:2x2x1", "fsdp=4", "train", 8, 4096, "full"): (22_850_441_728, 33_302_165_248),
     ("qwen2-7b", "v5p:2x2x1", "fsdp=2,tensor=2", "train", 8, 4096, "full"): (22_849_643_520, 33_726_861_024),
+    ("qwen2-7b", "v5e:8x8", "fsdp=64", "train", 256, 4096, "full"): (1_432_523_264, 9_456_928_768),
     ("qwen2-72b", "v5e:16x16", "fsdp=64,tensor=4", "train", 128, 4096, "full"): (3_426_354_176, 9_029_062_144),
     ("qwen2-72b", "v5p:4x4x8", "fsdp=16,tensor=8", "train", 128, 4096, "full"): (6_833_325_056, 17_713_416_416),
-    ("qwen2-57b-a14b", "v5p:4x4x8", "fsdp=16,expert=8", "train", 128, 4096, "full"): (10_691_970_048, 21_071_730_464),
+    ("qwen2-57b-a14b", "v5p:4x4x8", "fsdp=16,expert=8", "train", 128, 4096, "full"): (10_691_973_632, 21_640_724_320),
+    ("qwen2-57b-a14b", "v5e:16x16", "fsdp=32,expert=8", "train", 256, 4096, "full"): (5_348_266_496, 14_275_940_352),
     ("qwen2-7b", "v5e:2x4", "data=2,tensor=4", "prefill", 8, 4096, "full"): (4_043_260_416, 4_551_524_864),
     ("qwen2-7b", "v5e:2x4", "data=2,tensor=4", "decode", 32, 4096, "full"): (4_748_231_680, 5_724_142_592),
     ("qwen2-0.5b", "v5e:2x2", "data=4", "prefill", 8, 4096, "full"): (1_088_883_200, 1_174_223_360),
@@ -36,6 +43,14 @@ def test_memory_is_within_a_tenth_of_what_xla_says(run, measured):
     arguments, peak = measured
     assert memory.arguments == pytest.approx(arguments, rel=2e-3)
     assert memory.total == pytest.approx(peak, rel=0.1)
+
+
+def test_every_size_was_compiled_for_three_topologies():
+    topologies = defaultdict(set)
+    for model, topology, *_ in MEASURED:
+        topologies[model].add(topology)
+    assert set(topologies) == {"qwen2-0.5b", "qwen2-1.5b", "qwen2-7b", "qwen2-72b", "qwen2-57b-a14b"}
+    assert all(len(found) >= 3 for found in topologies.values()), topologies
 
 
 def test_the_document_shows_these_numbers():

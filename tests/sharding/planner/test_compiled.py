@@ -50,10 +50,13 @@ def test_training_7b_on_four_chips():
     memory = compiled["memory"]
     assert memory["arguments"] < 22.9e9
     assert memory["peak"] < 33.6e9
+    assert memory["temporaries"] < 13.8e9  # what MaxText 0.2.5 takes for the same step
     assert compiled["warnings"] == []
     large = [one for one in compiled["collectives"] if one["bytes"] > 2e8]
     assert {one["axes"][0] for one in large} == {"fsdp"}
     assert {one["shape"][:4] for one in large if one["kind"] == "all-gather"} == {"bf16"}
     assert {one["kind"] for one in large} == {"all-gather", "reduce-scatter"}
-    once = [one["shape"] for one in large if not one["in_loop"]]
-    assert set(once) == {"bf16[152064,3584]", "f32[152064,3584]"}  # the head and its gradient
+    head, gradient = sorted((one for one in large if not one["in_loop"]), key=lambda one: one["kind"])
+    assert head["shape"] == "bf16[152064,3584]"
+    assert gradient["kind"] == "reduce-scatter"
+    assert gradient["bytes"] == pytest.approx(152064 * 3584 * 4 * 3 / 4, rel=0.01)

@@ -113,7 +113,72 @@ def test_a_loop_as_libtpu_writes_it():
     assert loops_of_unknown_length(program) == 0
     open_ended = parse(LIBTPU.replace("%limit = s32[]{:T(128)} constant(28)", "%limit = s32[]{:T(128)} get-limit()"))
     assert loops_of_unknown_length(open_ended) == 1
-    assert flops(open_ended) == 1000
+    assert flops(open_ended) == 0
+
+
+@pytest.mark.parametrize(("step", "trips"), [(1, 24), (2, 12), (5, 5)])
+def test_an_unrolled_loop(step, trips):
+    counted = f"%by = s32[]{{:T(128)}} constant({step})\n  %next = s32[]{{:T(128)}} add(%i, %by)\n  ROOT %out ="
+    program = parse(LIBTPU.replace("ROOT %out =", counted).replace("tuple(%i,", "tuple(%next,"))
+    assert flops(program) == trips * 1000
+
+
+WINDOWED = """\
+%windowed_dot_general_body_rs.1 (p: (s32[], f32[512,8192])) -> (s32[], f32[512,8192]) {
+  %p = (s32[], f32[512,8192]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[512,8192]{1,0} get-tuple-element(%p), index=1
+  %by = s32[] constant(2)
+  %next = s32[] add(%i, %by)
+  %inside = f32[512,8192]{1,0} collective-permute(%x), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  ROOT %out = (s32[], f32[512,8192]{1,0}) tuple(%next, %inside)
+}
+
+%windowed_dot_general_cond_rs.1 (q: (s32[], f32[512,8192])) -> pred[] {
+  %limit = s32[] constant(4)
+  %q = (s32[], f32[512,8192]{1,0}) parameter(0)
+  %at = s32[] get-tuple-element(%q), index=0
+  ROOT %lt = pred[] compare(%at, %limit), direction=LT
+}
+
+%layer (r: (s32[], f32[512,8192])) -> (s32[], f32[512,8192]) {
+  %r = (s32[], f32[512,8192]{1,0}) parameter(0)
+  %n = s32[] get-tuple-element(%r), index=0
+  %y = f32[512,8192]{1,0} get-tuple-element(%r), index=1
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[512,8192]{1,0}) tuple(%zero, %y)
+  %loop = (s32[], f32[512,8192]{1,0}) while(%start), condition=%windowed_dot_general_cond_rs.1, \
+body=%windowed_dot_general_body_rs.1, metadata={op_name="jit(step)/while/body/mlp/down/dot_general"}
+  %partial = f32[512,8192]{1,0} get-tuple-element(%loop), index=1
+  %behind = f32[512,8192]{1,0} collective-permute(%partial), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, \
+metadata={op_name="jit(step)/while/body/mlp/down/dot_general"}
+  %moved = f32[512,8192]{1,0} collective-permute(%behind), source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, \
+metadata={op_name="jit(step)/while/body/sharding_constraint"}
+  ROOT %result = (s32[], f32[512,8192]{1,0}) tuple(%n, %moved)
+}
+
+%more (s: (s32[], f32[512,8192])) -> pred[] {
+  %layers = s32[] constant(80)
+  %s = (s32[], f32[512,8192]{1,0}) parameter(0)
+  %l = s32[] get-tuple-element(%s), index=0
+  ROOT %less = pred[] compare(%l, %layers), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[512,8192])) -> (s32[], f32[512,8192]) {
+  %a = (s32[], f32[512,8192]{1,0}) parameter(0)
+  ROOT %while = (s32[], f32[512,8192]{1,0}) while(%a), condition=%more, body=%layer
+}
+"""
+
+
+def test_permutes_that_belong_to_a_product_are_not_suspicious():
+    program = parse(WINDOWED)
+    own, moved = collectives(program, {"tensor": 4})
+    assert (own.windowed, own.count) == (True, 80 * (2 + 1))
+    assert (moved.windowed, moved.count) == (False, 80)
+    assert suspicions(planned(tensor=4), program, [own]) == []
+    (line,) = suspicions(planned(tensor=4), program, [moved])
+    assert "activations change their place in every layer" in line
 
 
 ASYNCHRONOUS = """\
