@@ -64,6 +64,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf) -> int:
     """
     if run.out is None:
         raise ValueError("--out is missing: name the folder of the run")
+    _keep_programs(run)
     config, weights = _model(run)
     tokenizer = tokenizer_of(run)
     check_vocabulary(tokenizer, config)
@@ -118,6 +119,16 @@ def tokenizer_of(run: Run) -> Path:
     if not carried_files(Path(folder)):
         raise ValueError(f"{folder} holds no tokenizer; --tokenizer names a folder with tokenizer.json")
     return Path(folder)
+
+
+def _keep_programs(run: Run) -> None:
+    """Lets JAX keep compiled programs where the run wants it."""
+    if run.compute.compilation_cache is None:
+        return
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # They come back without the order of their collectives (jax 0.10.1).
+        raise ValueError("--compilation-cache does not work with several CPU devices: cached programs deadlock there")
+    jax.config.update("jax_compilation_cache_dir", str(run.compute.compilation_cache))
 
 
 def _model(run: Run) -> tuple[Qwen2Config, Source | None]:

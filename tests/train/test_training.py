@@ -259,6 +259,7 @@ def test_a_folder_that_cannot_be_made(train_run, tmp_path):
         ("--warmup 13", "--warmup 13 do not fit into a run of 12 steps"),
         ("--schedule wsd --warmup 10 --decay 5", "--warmup 10 and --decay 5 do not fit into a run of 12 steps"),
         ("--attention nonesuch", "nonesuch"),
+        ("--compilation-cache programs", "--compilation-cache does not work with several CPU devices"),
         ("--resume 3", "has no checkpoint of step 3 to resume from; there are: none"),
     ],
 )
