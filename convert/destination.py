@@ -114,9 +114,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             for name in dict.fromkeys([*old, *new]):
                 a, b = old.get(name), new.get(name)
                 if isinstance(a, dict) and isinstance(b, dict):
-                    parts += [f"{brief(name)} has another {', '.join(k for k in b if a.get(k) != b[k])}"] * (a != b)
+                    parts += [f"'{shown(name)}' has another {', '.join(k for k in b if a.get(k) != b[k])}"] * (a != b)
                 elif a != b:
-                    parts.append(f"{brief(name)} is {'new' if a is None else 'gone' if b is None else 'changed'}")
+                    parts.append(f"'{shown(name)}' is {'new' if a is None else 'gone' if b is None else 'changed'}")
         else:
             parts.append(f"{key}: {brief(old)} then, {brief(new)} now")
     return "; ".join(parts[:4]) + (f"; and {len(parts) - 4} more" if len(parts) > 4 else "")

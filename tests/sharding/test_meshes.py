@@ -26,12 +26,16 @@ EXPERT_MESHES = ["expert=8", "data=2,expert=4", "fsdp=2,expert=2,tensor=2", "exp
 
 CASES = [(name, mesh) for name in MODELS for mesh in MESHES]
 CASES += [(name, mesh) for name in MODELS if MODELS[name].is_moe for mesh in EXPERT_MESHES]
-# Each case compiles for seconds, and what attention and experts do on a mesh does not depend on the other.
-SLOW = {case for case in CASES if case[0] == "moe, dual-chunk"} - {("moe, dual-chunk", "expert=2,context=4")}
+# Each case compiles for seconds, and what attention and experts do on a mesh does not depend on the other. The fast
+# tests have plain dense models on every mesh, the others where each axis is there, and where experts are spread.
+FAST = {("dense", mesh) for mesh in MESHES} | {("moe", mesh) for mesh in EXPERT_MESHES}
+FAST |= {(name, mesh) for name in MODELS for mesh in ("tensor=8", "context=8", "fsdp=2,context=2,tensor=2")}
+FAST -= {("moe, dual-chunk", mesh) for mesh in MESHES}
+FAST |= {("moe, dual-chunk", "expert=2,context=4")}
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"), [pytest.param(*case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
+    ("name", "spec"), [pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in CASES]
 )
 def test_equals_one_device(name, spec):
     config, mesh = MODELS[name], make_mesh(spec)

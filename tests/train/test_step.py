@@ -108,7 +108,7 @@ def test_equals_a_step_written_by_hand(name):
 def test_bfloat16_products(name):
     """The default; XLA:CPU has no kernel for some products in bfloat16, which only running one finds out."""
     config = CONFIGS[name]
-    _, metrics = make_train_step(config, OPTIMIZER, Step(chunk=40))(first_state(config), packed())
+    _, metrics = make_train_step(config, OPTIMIZER, Step(chunk=40), Poisoned())(first_state(config), packed())
     np.testing.assert_allclose(metrics.loss, one_step(config)[1].loss, rtol=1e-2)
 
 
@@ -218,7 +218,7 @@ def test_masters_in_bfloat16():
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), planned)
 
 
-@pytest.mark.parametrize("name", ["dense", "moe"])
+@pytest.mark.parametrize("name", ["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def test_the_loss_falls(name):
     """In bfloat16 with recomputation, towards the entropy of a text in which every token tells the next."""
     config, optimizer = CONFIGS[name], adamw(1e-2)

@@ -63,7 +63,7 @@ def test_the_folder_says_what_it_was(undisturbed, model):
     assert (folder / "checkpoints/00000012/tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("stop", [1, 3, 9, 12])
+@pytest.mark.parametrize("stop", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 9, 12))])
 def test_a_crash_at_any_step(stop, train_run, undisturbed, tmp_path):
     folder, whole = undisturbed
     with pytest.raises(Crash):
