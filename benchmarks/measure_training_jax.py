@@ -15,11 +15,14 @@ from sharding.mesh import make_mesh
 from sharding.run import run_options
 from train.objective import Step
 from train.optimizer import adamw
+from train.pretraining import Batch
 from train.report.throughput import work
-from train.step import Batch, make_train_step, new_state
+from train.step import make_train_step, new_state
 
 
 class Training:
+    """A few training steps at a time on one device: AdamW, float32 weights."""
+
     def __init__(self) -> None:
         self.device = jax.devices()[0]
 

@@ -12,6 +12,8 @@ from benchmarks.worker import serve
 
 
 class Training:
+    """A few training steps at a time on one device: the same optimizer on the same tokens."""
+
     def __init__(self) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -13,10 +13,10 @@ from tyro.conf import Positional, arg, subcommand
 from convert.checkpoint import open_checkpoint
 from convert.conversion import Report, convert_from_hf, convert_to_hf
 from convert.files import listing, shown
-from convert.progress import progress_bar
 from convert.upcycle import Recipe, upcycle
 from convert.verify import Comparison, Difference, compare, logits_difference
 from qwen2_jax.command import exit_code, parse
+from qwen2_jax.progress import byte_progress
 
 _SHOWN = 8  # differing arrays that are listed
 
@@ -139,7 +139,7 @@ def _run(argv: Sequence[str]) -> int:
     if isinstance(job, Verify):
         return _verify(job)
     what = "upcycling" if isinstance(job, Upcycle) else "converting"
-    with progress_bar(what, quiet=job.json) as progress:
+    with byte_progress(what, quiet=job.json) as progress:
         shared = {
             "dtype": job.dtype,
             "max_host_memory": job.max_host_memory,
@@ -174,7 +174,7 @@ def _sentence(report: Report) -> str:
 def _verify(job: Verify) -> int:
     a, b = open_checkpoint(job.a, job.allow_pickle), open_checkpoint(job.b, job.allow_pickle)
     names = f"{shown(job.a)} and {shown(job.b)}"
-    with progress_bar("comparing", quiet=job.json) as progress:
+    with byte_progress("comparing", quiet=job.json) as progress:
         result = compare(a, b, job.tolerance, progress)
     logits = None
     if job.logits and not result.config:

@@ -21,7 +21,7 @@ from convert.folder import carried_files, check_vocabulary, config_bytes, local_
 from convert.hugging_face import HuggingFaceSink, HuggingFaceSource
 from convert.names import arrays_of
 from convert.native import MANIFEST, NativeSink, NativeSource
-from convert.step_source import StepSource, stored_bytes
+from convert.step_source import StepSource, reading_bytes
 from convert.stream import Part, Progress, Tally, copy_arrays
 from convert.workspace import Workspace, open_workspace, remove_leftovers
 from qwen2_jax.json_object import brief
@@ -114,7 +114,7 @@ def convert_to_hf(
     opened = open_own(folder)
     if dtype is None and isinstance(opened, StepSource):
         dtype = opened.weight_dtype
-    resident = stored_bytes(opened) if isinstance(opened, StepSource) else 0
+    resident = reading_bytes(opened) if isinstance(opened, StepSource) else 0
     check_vocabulary(folder, opened.config)
     limit = parse_size(shard_size)
     options = {

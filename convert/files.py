@@ -72,6 +72,24 @@ def write_at(path: Path, offset: int, *buffers: bytes | memoryview, whole: bool 
         os.fsync(descriptor)
 
 
+def write_whole(path: Path, content: bytes, through: Path | None = None) -> None:
+    """Writes a file that is whole after any crash too: the new one, or what was there before.
+
+    Args:
+      through: a folder, of the same file system, where a crash may leave a part of it; by default that of `path`.
+
+    Raises:
+      OSError: if it cannot be written.
+    """
+    beside = (through or path.parent) / f"{path.name}.{os.getpid()}"
+    try:
+        write_at(beside, 0, content, whole=True)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync(path.parent)
+
+
 @contextlib.contextmanager
 def opened(path: str | Path, flags: int) -> Iterator[int]:
     descriptor = os.open(path, flags, 0o666)

@@ -6,7 +6,8 @@
     manifest.json                        the arrays with a digest each, the sha256 of every small file and of itself
 
 The manifest is written last, in one piece: a folder without one holds no step. One that is saved again gets another <n>
-beside the first, and the new manifest takes the step from the one to the other.
+beside the first, and the new manifest takes the step from the one to the other; until then the model's files, if others
+than before, wait as .new.<name>.
 
 The folder may be in a bucket: every Path here may as well be the `etils.epath.Path` of one.
 """
@@ -56,12 +57,14 @@ class Manifest:
     """What the training loop wants to find again."""
 
     def to_bytes(self) -> bytes:
+        """manifest.json, as `read_manifest` reads it."""
         content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
         return json.dumps({"sha256": _sha256(content), **content}, allow_nan=False).encode()
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """
+    """The manifest of a step folder, once it is known to be what was written.
+
     Raises:
       ValueError: if the manifest is damaged, of another version, or that of something else.
       OSError: if it cannot be read.
@@ -137,6 +140,7 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def array_folder(folder: Path, manifest: Manifest, name: str) -> Path:
+    """Where the numbers of an array are: a zarr directory."""
     return folder / manifest.state / "state" / name
 
 

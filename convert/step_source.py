@@ -98,6 +98,6 @@ class StepSource:
         return f"{_PREFIX}layers.block_{block}.{rest}", row
 
 
-def stored_bytes(source: StepSource) -> int:
+def reading_bytes(source: StepSource) -> int:
     """Memory that reading takes besides what is read into: of each of some workers, the chunks that a run touches."""
     return min(256 << 20, 2 * max(math.prod(array.shape) * 4 for array in source.arrays.values()))

@@ -76,10 +76,6 @@ PROMPTS = [
 NEW_TOKENS = 32
 LOGIT_LIMIT = 2e-4
 
-YOUR_TURN = [
-    "qwen2-jax generate --model build/demo/hf --prompt 'class Stack:' --max-new-tokens 60 --temperature 0.7",
-    f"{DEVICES} qwen2-jax train pretrain examples/demo.yaml --out build/mine --data 'YOUR/CODE/*.py'",
-]
 console = Console(highlight=False)
 
 
@@ -121,9 +117,18 @@ def main() -> int:
     if failures:
         return 1
     say(f"All of it took {time.monotonic() - began:.0f} s. {WORK}/loss.png shows the training.\n\nYour turn:")
-    for command in YOUR_TURN:
-        say(f"  {command.replace('qwen2-jax', '.venv/bin/qwen2-jax')}")
+    for command in your_turn():
+        say(f"  {command}")
     return 0
+
+
+def your_turn() -> list[str]:
+    """Commands to go on with, as they can be typed without switching the environment on."""
+    program = shlex.quote(str(Path(sys.executable).parent / "qwen2-jax"))
+    return [
+        f"{program} generate --model {WORK}/hf --prompt 'class Stack:' --max-new-tokens 60 --temperature 0.7",
+        f"{DEVICES} {program} train pretrain examples/demo.yaml --out build/mine --data 'YOUR/CODE/*.py'",
+    ]
 
 
 def say(text: str) -> None:

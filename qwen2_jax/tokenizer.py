@@ -158,17 +158,24 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
+def tokenizer_file(folder: Path) -> Path | None:
+    """What `Tokenizer.from_folder` reads: tokenizer.json, or vocab.json with merges.txt; None if neither is there."""
+    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    if whole.exists():
+        return whole
+    return vocab if vocab.exists() and merges.exists() else None
+
+
 def _backend(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     """The tokenizer of a folder, and the file that it comes from."""
-    whole, vocab, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    source = whole if whole.exists() else vocab
-    if not source.exists() or (source is vocab and not merges.exists()):
+    source = tokenizer_file(folder)
+    if source is None:
         raise FileNotFoundError(f"no tokenizer in {folder}: expected tokenizer.json, or vocab.json with merges.txt")
     try:
-        if source is whole:
-            backend = tokenizers.Tokenizer.from_file(str(whole))
+        if source.name == "tokenizer.json":
+            backend = tokenizers.Tokenizer.from_file(str(source))
         else:
-            backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+            backend = tokenizers.Tokenizer(models.BPE.from_file(str(source), str(folder / "merges.txt")))
             backend.normalizer = normalizers.NFC()
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [

@@ -2,6 +2,8 @@
 
 import jax
 
+_LEAVE_SECONDS = 3600  # the last one may still be reading a checkpoint again; JAX's default is 300
+
 
 def join_processes(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, required: bool = False
@@ -30,7 +32,7 @@ def join_processes(
         raise ValueError(f"coordinator, processes and process belong together; {' and '.join(missing)} is missing")
     if coordinator is None or processes is None or process is None:
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(shutdown_timeout_seconds=_LEAVE_SECONDS)
         except ValueError as error:
             if "coordinator_address" not in str(error):
                 raise
@@ -47,5 +49,14 @@ def join_processes(
         raise ValueError(f"there must be 1 process or more, got {processes}")
     if not 0 <= process < processes:
         raise ValueError(f"process must be from 0 to {processes - 1} for {processes} processes, got {process}")
-    jax.distributed.initialize(coordinator, processes, process)
+    jax.distributed.initialize(coordinator, processes, process, shutdown_timeout_seconds=_LEAVE_SECONDS)
     return processes > 1
+
+
+def leave_processes() -> None:
+    """Waits until all processes of this run are through; none of them computes anything afterwards.
+
+    Process 0 holds what keeps them together: if it ended before the others, JAX would abort those, done or not.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +21,8 @@ hypothesis.settings.load_profile("project")
 
 
 def pytest_configure(config):
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and with them what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # The environment is inherited by the commands that tests start.
     os.environ.update(
         HF_HUB_OFFLINE="1",

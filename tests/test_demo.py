@@ -2,6 +2,9 @@
 
 import importlib.util
 import math
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -9,6 +12,7 @@ import pytest
 import safetensors.numpy
 import transformers
 
+from qwen2_jax.cli import JOBS
 from qwen2_jax.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.torch
@@ -61,6 +65,14 @@ def test_disagreements_are_found(demo):
         (trained, answers, math.nan),
     ):
         assert len(demo.disagreements(*changed)) == 1
+
+
+def test_what_to_type_next_is_there(demo):
+    """Wherever the environment is: it is the one that the demonstration ran in."""
+    for line in demo.your_turn():
+        job, *argv = shlex.split(re.sub(r"^(\w+=\w+ )*", "", line))
+        assert Path(job) == Path(sys.executable).parent / "qwen2-jax"
+        assert argv[0] in JOBS
 
 
 def test_a_training_that_is_stuck_is_killed(demo, monkeypatch):

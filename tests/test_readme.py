@@ -1,4 +1,4 @@
-"""What the README says about this repository is true of it."""
+"""What the README and the pages in docs say about this repository is true of it."""
 
 import dataclasses
 import io
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import jax
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from convert import save_checkpoint
 from convert.cli import Job
@@ -25,6 +23,7 @@ from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import abstract_params, init_params
 from qwen2_jax.sizes import PUBLISHED
 from sharding import cli as plan
+from tests.oracles.tokenizers import write_byte_tokenizer
 from train.data import tokenize_job
 from train.plot import Plot
 from train.run import read_run
@@ -40,6 +39,7 @@ TINY = Qwen2Config(
     num_key_value_heads=2,
     max_position_embeddings=208,
 )
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PACKAGES = ("qwen2_jax", "sharding", "convert", "train")
 
 
@@ -94,16 +94,25 @@ def test_links_lead_somewhere():
     assert links and all((ROOT / link).exists() for link in links)
 
 
-def commands() -> dict[str, str]:
-    """Every line of the README that runs the command: its arguments, and what is piped into it ("" if nothing is)."""
-    lines = itertools.chain.from_iterable(
-        block.splitlines() for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    )
+def commands(page: str) -> dict[str, str]:
+    """Every line of a page that runs the command: its arguments, and what is piped into it ("" if nothing is)."""
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    lines = itertools.chain.from_iterable(block.replace("\\\n", " ").splitlines() for block in blocks)
     return {line[2]: line[1] for text in lines if (line := re.match(r"(?:(printf .+) \| )?qwen2-jax (.+)", text))}
 
 
-def test_commands_parse():
-    """Every `qwen2-jax` line of the README is one that the command understands."""
+def write_run_files(page: str) -> None:
+    """Every run file of a page, whose name stands in its first line, into the working directory."""
+    for name, content in re.findall(r"```yaml\n# (\S+\.yaml)\n(.*?)```", page, re.DOTALL):
+        Path(name).write_text(content)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page, tmp_path, monkeypatch):
+    """Every `qwen2-jax` line is one that the command understands, with the run files of its page beside it."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text()
+    write_run_files(text)
     options = {
         "convert": Job,
         "generate": generate.Options,
@@ -112,8 +121,8 @@ def test_commands_parse():
         "plan": plan.Options,
     }
     training = {"tokenize": tokenize_job.Options, "plot": Plot}
-    assert commands()
-    for line in commands():
+    assert commands(README)
+    for line in commands(text):
         job, *argv = shlex.split(line, comments=True)
         try:
             if job != "train":
@@ -130,14 +139,9 @@ def test_commands_parse():
 def workplace(tmp_path_factory):
     """A folder where every model that the README names is the same tiny one."""
     folder = tmp_path_factory.mktemp("readme")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    (folder / "tokenizer").mkdir()
-    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
-
+    tokenizer = write_byte_tokenizer(folder / "tokenizer")
     native, published, demo = folder / "native", folder / "Qwen" / "Qwen2-0.5B", folder / "build" / "demo" / "hf"
-    save_checkpoint(native, TINY, init_params(TINY, jax.random.key(0)), tokenizer_from=folder / "tokenizer")
+    save_checkpoint(native, TINY, init_params(TINY, jax.random.key(0)), tokenizer_from=tokenizer)
     for path in (published, demo):
         path.parent.mkdir(parents=True)
     assert main(["convert", "to-hf", str(native), str(published)]) == 0
@@ -152,7 +156,7 @@ def at_work(workplace, monkeypatch):
 
 
 def test_commands_run(at_work, monkeypatch, capsys):
-    for line, source in commands().items():
+    for line, source in commands(README).items():
         job, *argv = shlex.split(line, comments=True)
         if job in ("evaluate", "train"):
             continue  # their lengths are for real models; tests/qwen2_jax/evaluation and tests/train run them
@@ -161,6 +165,14 @@ def test_commands_run(at_work, monkeypatch, capsys):
         capsys.readouterr()
         assert main([job, *argv]) == 0, f"{line}: {capsys.readouterr().err}"
         assert capsys.readouterr().out.strip(), line
+
+
+def test_the_program_of_the_data_runs(capsys):
+    """With 10,000 documents instead of 10 million."""
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    assert program.count("10**7") == 2
+    exec(compile(program.replace("10**7", "10**4"), "<data.md>", "exec"), {"__name__": "data"})
+    assert float(capsys.readouterr().out) < 5
 
 
 @pytest.mark.parametrize("program", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

@@ -1,4 +1,4 @@
-"""Training: the objective."""
+"""Training: data, objective, step, loop, checkpoints. Offered here: the loss in its plain form."""
 
 from typing import TYPE_CHECKING
 

@@ -8,6 +8,7 @@ remember steps rather than look them up. See `convert.step_folder` for what is i
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -42,6 +43,8 @@ from train.digest import digests
 
 _ABANDONED = "manifest.abandoned.json"
 _PARTIAL = f".{MANIFEST}.partial"
+_NEW = ".new."  # before the name of a file that takes the place of another once the manifest names it
+_COMMIT_SECONDS = 3600  # a network's disk may take long over many files; JAX itself notices processes that die
 _STEP = re.compile(r"\d{8,}")
 _STATE = re.compile(r"state-(\d+)(\.orbax.*)?")  # the second part while Orbax writes
 _LOG = logging.getLogger(__name__)
@@ -57,8 +60,7 @@ class Checkpoints:
     order; the folder must be one that all of them see.
 
     Args:
-      folder: RUN/checkpoints, on a disk or whatever Orbax can write to, such as gs://bucket/run/checkpoints. Made at
-        the first save.
+      folder: RUN/checkpoints, on a disk that all processes see. Made at the first save.
       model: a folder with the config.json and the tokenizer files of the model, which go into every step.
       keep_last: how many of the newest steps are kept, at least 1.
       keep_every: steps that are multiples of it are kept for good; None keeps no others.
@@ -138,7 +140,10 @@ class Checkpoints:
         def finish() -> None:
             with self._named_failure(step):
                 written.result()
-                self._agreed(lambda: self._commit(Manifest(step, name, stored, {}, extra), files, later), where)
+                self._agreed(lambda: self._commit(Manifest(step, name, stored, {}, extra), files, later), where, name)
+            # Behind the barrier: the others do not wait for it, and a step that is saved does not fail by it.
+            if jax.process_index() == 0:
+                self._remove_old(where, name)
 
         self._pending = self._thread.submit(finish)
 
@@ -168,6 +173,7 @@ class Checkpoints:
         return sorted(int(entry.name) for entry in entries if (entry / MANIFEST).exists())
 
     def latest(self) -> int | None:
+        """The last of `steps`; None if there is none."""
         return max(self.steps(), default=None)
 
     def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
@@ -214,12 +220,20 @@ class Checkpoints:
 
         Raises:
           ValueError: if there is no such step, or if anything in it is damaged, with the array and its file.
-          OSError: if it cannot be read.
+          OSError: if it cannot be read, by this process or another.
         """
-        folder, manifest = self._opened(step)
-        with self._advised(step):
-            check_files(folder, manifest)
-            check_arrays(folder, manifest, sorted(manifest.arrays)[jax.process_index() :: jax.process_count()])
+        sound = False
+        try:
+            folder, manifest = self._opened(step)
+            with self._advised(step):
+                check_files(folder, manifest)
+                check_arrays(folder, manifest, sorted(manifest.arrays)[jax.process_index() :: jax.process_count()])
+            sound = True
+        finally:
+            # Nobody reports success while another finds damage; nobody waits for one who found it.
+            everywhere = sound if jax.process_count() == 1 else multihost_utils.process_allgather(np.bool_(sound)).all()
+        if not everywhere:
+            raise OSError(f"another process could not verify step {step}: see what it says")
 
     def _place(self, step: int) -> epath.Path:
         return self.folder / f"{step:08d}"
@@ -229,7 +243,10 @@ class Checkpoints:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
             raise ValueError(f"{self.folder} has no step {step}: {there}")
         with self._advised(step):
-            return self._place(step), read_manifest(self._place(step))
+            folder = self._place(step)
+            manifest = read_manifest(folder)
+            _finish_replacing(folder, manifest.files)
+            return folder, manifest
 
     @contextlib.contextmanager
     def _advised(self, step: int) -> Iterator[None]:
@@ -296,27 +313,39 @@ class Checkpoints:
             number = 1 + max(states.values(), default=-1)
         return int(_from_first(np.int32(number)))
 
-    def _agreed(self, commit: Any, where: epath.Path) -> None:
-        """Lets the first process commit, and the others wait until it has."""
+    def _agreed(self, commit: Any, where: epath.Path, state: str) -> None:
+        """Lets the first process commit `state`, and the others wait until it has."""
         try:
             if jax.process_index() == 0:
                 commit()
         finally:
             if jax.process_count() > 1:
-                asyncio.run(ocp.multihost.sync_global_processes("commit", operation_id=f"{where}#{self._saves}"))
-        if not (where / MANIFEST).exists():
+                name = f"{where}#{self._saves}"
+                waiting = ocp.multihost.sync_global_processes("commit", operation_id=name, timeout=_COMMIT_SECONDS)
+                asyncio.run(waiting)
+        # Where a step was to be replaced, the manifest of the old one is there in any case.
+        if not (where / MANIFEST).exists() or read_manifest(where).state != state:
             raise OSError("the first process could not finish it")
 
     def _commit(self, manifest: Manifest, files: Mapping[str, bytes], later: Iterable[int]) -> None:
-        """Adds the small files, and then, in one piece, the manifest: from then on the step is there."""
+        """Adds the small files, and then, in one piece, the manifest: from then on the step is there.
+
+        A step that is replaced keeps its own files until then; new ones wait beside them under other names.
+        """
         place = self._place(manifest.step)
+        replaces = (place / MANIFEST).exists()
+        waiting = {}
         for name, content in files.items():
-            if not (place / name).exists() or (place / name).read_bytes() != content:
-                (place / name).write_bytes(content)
+            there = (place / name).exists()
+            if there and (place / name).read_bytes() == content:
+                continue
+            if there and replaces:
+                waiting[name] = hashlib.sha256(content).hexdigest()
+            (place / (_NEW + name if name in waiting else name)).write_bytes(content)
         local = "://" not in str(place)
         if local:
             sync_tree(Path(place))
-        manifest = Manifest(**vars(manifest) | {"files": small_files(place, manifest.state)})
+        manifest = Manifest(**vars(manifest) | {"files": small_files(place, manifest.state) | waiting})
         partial = place / _PARTIAL
         partial.write_bytes(manifest.to_bytes())
         if local:
@@ -326,10 +355,16 @@ class Checkpoints:
         partial.replace(place / MANIFEST)
         if local:
             sync(Path(place))
+        _finish_replacing(place, waiting)
+        if local:
+            sync(Path(place))
             sync(Path(self.folder))
+
+    def _remove_old(self, place: epath.Path, state: str) -> None:
+        """What the step in `place`, now that `state` of it is saved, leaves no use for."""
         try:
             (place / _ABANDONED).unlink(missing_ok=True)
-            _remove_states(place, {manifest.state})
+            _remove_states(place, {state})
             for step in set(self.steps()) - kept(self.steps(), self._keep_last, self._keep_every):
                 _remove_step(self._place(step))
         except OSError as error:
@@ -390,17 +425,34 @@ def _remove_states(place: epath.Path, keep: set[str]) -> None:
         (place / name).rmtree()
 
 
+def _finish_replacing(place: epath.Path, files: Mapping[str, str]) -> None:
+    """Gives new files that the manifest names, by their sha256, their names, if a save was killed before it could."""
+    for name, digest in files.items():
+        new = place / (_NEW + name)
+        if "/" not in name and new.exists():
+            # Whichever process comes first.
+            with contextlib.suppress(FileNotFoundError):
+                if hashlib.sha256(new.read_bytes()).hexdigest() == digest:
+                    new.replace(place / name)
+
+
 def _remove_remains(place: epath.Path) -> None:
     """Of a save that never got to its end: what no manifest names. Leaves alone what is not ours, or cannot be read."""
     keep = set()
     for name in (MANIFEST, _ABANDONED):
         if (place / name).exists():
             try:
-                keep.add(json.loads((place / name).read_bytes())["state"])
-            except (ValueError, KeyError, TypeError):
+                manifest = json.loads((place / name).read_bytes())
+                keep.add(manifest["state"])
+                if name == MANIFEST:
+                    _finish_replacing(place, manifest["files"])
+            except (ValueError, KeyError, TypeError, AttributeError):
                 return
     _remove_states(place, keep)
     (place / _PARTIAL).unlink(missing_ok=True)
+    for entry in place.iterdir():
+        if entry.name.startswith(_NEW):
+            entry.unlink()
 
 
 def _remove_step(place: epath.Path) -> None:

@@ -45,14 +45,16 @@ def _pretrain(argv: Sequence[str]) -> int:
 
     run = read_run(argv or ["--help"])
     # Imported when it is called: these import JAX, and its processes have to meet before anything asks for devices.
-    from sharding.processes import join_processes
+    from sharding.processes import join_processes, leave_processes
     from train.pretraining import Pretraining
-    from train.text import rows_of_text
+    from train.text import rows_of_text, validation_rows_of_text
     from train.training import train
 
     how = run.compute
     join_processes(how.coordinator, how.processes, how.process)
-    return train(run, Pretraining(run.optimization.z_loss), rows_of_text(run))
+    status = train(run, Pretraining(run.optimization.z_loss), rows_of_text(run), validation_rows_of_text(run))
+    leave_processes()
+    return status
 
 
 JOBS: dict[str, Callable[[Sequence[str]], int]] = {"pretrain": _pretrain, "tokenize": _tokenize, "plot": _plot}

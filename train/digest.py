@@ -27,10 +27,10 @@ def digests(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
         mesh = array.sharding.mesh if isinstance(array.sharding, NamedSharding) else None
         assert mesh is None or isinstance(mesh, Mesh)
         groups.setdefault(mesh, {})[name] = array
-    sums = {
+    found = {
         name: pair for mesh, group in groups.items() for name, pair in jax.device_get(_program(mesh)(group)).items()
     }
-    return {name: as_text(sums[name].tolist()) for name in arrays}
+    return {name: as_text(found[name].tolist()) for name in arrays}
 
 
 @functools.cache

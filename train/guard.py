@@ -14,18 +14,13 @@ WINDOW = 128
 class Guard:
     """When a step is skipped. A loss, a gradient norm or an update that is not finite always is."""
 
-    spikes: bool = False
-    """Skip steps whose loss or gradient norm is far above those of the last 128 accepted steps, from the 64th on."""
-    sigmas: float = 6.0
-    """How far, in standard deviations."""
-    max_skips: int = 10
-    """Skipped steps in a row after which training goes back to the last checkpoint."""
+    spikes: float | None = None
+    """Also skip steps whose loss or gradient norm is so many standard deviations above those of the last 128 accepted
+    steps, from the 64th on."""
 
     def __post_init__(self):
-        if not self.sigmas > 0:
-            raise ValueError(f"sigmas must be positive, got {self.sigmas}; spikes=False detects no spikes")
-        if self.max_skips < 1:
-            raise ValueError(f"max_skips must be 1 or more, got {self.max_skips}")
+        if self.spikes is not None and not self.spikes > 0:
+            raise ValueError(f"spikes are so many standard deviations, more than 0, got {self.spikes}; None finds none")
 
 
 class GuardState(NamedTuple):
@@ -44,10 +39,22 @@ class GuardState(NamedTuple):
 
 
 def init_guard() -> GuardState:
-    """Of a run that has not begun, or of one whose losses are about to change, as with another kind of data."""
+    """Of a run that has not begun."""
     counts = (jnp.zeros((), jnp.int32) for _ in range(3))
     windows = (jnp.zeros(WINDOW, jnp.float32) for _ in range(2))
     return GuardState(*counts, *windows)
+
+
+def without_history(state: GuardState) -> GuardState:
+    """Of a run whose losses are about to change, as with another kind of data: spikes are not measured against them."""
+    old = state.accepted, state.losses, state.gradient_norms
+    accepted, losses, norms = map(jnp.zeros_like, old)
+    return state._replace(accepted=accepted, losses=losses, gradient_norms=norms)
+
+
+def gone_back(state: GuardState) -> GuardState:
+    """Of a run that goes on from a checkpoint: what was skipped before that is not in a row with what is to come."""
+    return state._replace(in_a_row=jnp.zeros_like(state.in_a_row))
 
 
 def acceptable(
@@ -55,9 +62,9 @@ def acceptable(
 ) -> jax.Array:
     """Whether a step with these float32 scalars may count, a scalar bool."""
     accepted = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & jnp.isfinite(update_norm)
-    if guard.spikes:
-        accepted &= ~_spike(guard, state, state.losses, loss)
-        accepted &= ~_spike(guard, state, state.gradient_norms, gradient_norm)
+    if guard.spikes is not None:
+        accepted &= ~_spike(guard.spikes, state, state.losses, loss)
+        accepted &= ~_spike(guard.spikes, state, state.gradient_norms, gradient_norm)
     return accepted
 
 
@@ -76,9 +83,9 @@ def recorded(state: GuardState, accepted: jax.Array, loss: jax.Array, gradient_n
     )
 
 
-def _spike(guard: Guard, state: GuardState, window: jax.Array, value: jax.Array) -> jax.Array:
+def _spike(sigmas: float, state: GuardState, window: jax.Array, value: jax.Array) -> jax.Array:
     filled = jnp.arange(WINDOW, dtype=jnp.int32) < state.accepted
     count = jnp.maximum(filled.sum(), 1).astype(jnp.float32)
     mean = jnp.where(filled, window, 0.0).sum() / count
     deviation = jnp.sqrt(jnp.where(filled, jnp.square(window - mean), 0.0).sum() / count)
-    return (state.accepted >= WINDOW // 2) & (value > mean + guard.sigmas * deviation)
+    return (state.accepted >= WINDOW // 2) & (value > mean + sigmas * deviation)

@@ -1,21 +1,22 @@
 """The loop of every kind of training: phases of steps, checkpoints, going on, going back, and stopping."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from train.checkpoints import Checkpoints
 from train.data.batches import Batches
+from train.guard import GuardState, gone_back, without_history
 from train.report.profile import Profile
 from train.report.reporter import Reporter
 from train.report.throughput import Work
 from train.run_folder import Window, add_window, position
 from train.step import Metrics, TrainState
 from train.stopping import STOPPED, StopRequest
+from train.validation import Validation
 
 
 class Stage(NamedTuple):
@@ -31,6 +32,7 @@ class Stage(NamedTuple):
     work: Work | None
     model: Path
     """A folder with what checkpoints of this phase hold of their model."""
+    validation: Validation | None
 
 
 class Limits(NamedTuple):
@@ -38,6 +40,7 @@ class Limits(NamedTuple):
 
     save_every: int
     log_every: int
+    validate_every: int
     max_skips: int
     max_rollbacks: int
 
@@ -50,7 +53,11 @@ class Loop:
       stages: in order, without gaps.
       state: to start from; its step says where. Used up.
       abstract: the shapes, dtypes and shardings of the state.
+      limits: how often it does what.
       windows: batches to pass over, from `train.run_folder.read_windows`.
+      checkpoints: of the run; left open.
+      reporter: is told of everything; left open.
+      profile: the steps to trace, if any.
       stop: asked after every step.
     """
 
@@ -60,6 +67,7 @@ class Loop:
         stages: Sequence[Stage],
         state: TrainState,
         abstract: TrainState,
+        *,
         limits: Limits,
         windows: list[Window],
         checkpoints: Checkpoints,
@@ -74,6 +82,7 @@ class Loop:
         self._programs: dict[int, Any] = {}
         self._rollbacks = 0
         self._saved = self._step if self._step in checkpoints.steps() else None
+        self._own = {self._step}  # steps of this very run; there may be others, of one that was abandoned
         self._interval = _Interval(self._step, 0.0)
 
     def run(self) -> int:
@@ -99,18 +108,24 @@ class Loop:
     def _run_stage(self, number: int) -> int:
         """Steps until the stage is through, or goes on elsewhere in its data (0), or the run is asked to stop."""
         stage = self._stages[number]
+        if number and self._step == stage.first:
+            self._change_guard(without_history)
         self._reporter.work = stage.work
         self._checkpoints.use_model(stage.model)
         self._interval = _Interval(self._step, stage.batches.waited)
         unseen: list[tuple[int, Metrics]] = []
-        with stage.batches.stream(self._position(number, self._step)) as stream:
+        position = self._position(number, self._step)
+        with stage.batches.stream(position, lambda: jax.block_until_ready(self._state.step)) as stream:
             for index, batch in stream:
                 self._state, metrics = self._take_step(number, batch)
                 self._step += 1
-                stop = self._stop.seen(self._step)
-                reports = self._step == stage.last or self._step % self._limits.log_every == 0
+                stop = self._stop.seen()
+                last = self._step == stage.last
+                validates = last or self._step % self._limits.validate_every == 0
+                validation = stage.validation if validates and not stop else None  # who is stopped has no time
+                reports = last or validation or self._step % self._limits.log_every == 0
                 saves = self._step % self._limits.save_every == 0
-                ends = stop or self._step == stage.last or self._position(number, self._step) != index + 1
+                ends = stop or last or self._position(number, self._step) != index + 1
                 # Looking at a step while the next one runs leaves no gap between them.
                 unseen.append((self._step, metrics))
                 now = len(unseen) if reports or saves or ends else len(unseen) - 1
@@ -121,7 +136,7 @@ class Loop:
                     return 0
                 self._checkpoints.check()
                 if reports:
-                    self._report(stage, metrics)
+                    self._report(stage, metrics, validation)
                 if saves:
                     self._save()
                 if stop:
@@ -170,8 +185,7 @@ class Loop:
         self._rollbacks += 1
         stage = self._stages[number]
         self._checkpoints.wait()
-        target = self._checkpoints.latest()
-        assert target is not None, "step 0 is saved"
+        target = max(self._own.intersection(self._checkpoints.steps()))
         if self._rollbacks > self._limits.max_rollbacks:
             raise ValueError(
                 f"the run went back {self._rollbacks - 1} times, and again more than {self._limits.max_skips} steps in "
@@ -182,20 +196,28 @@ class Loop:
         self._windows = add_window(self._folder, self._windows, window)
         self._reporter.event("rollback", step=bad, to=target, passed_over=window.stop - window.first)
         del self._state  # there may be no room for two
-        state, _ = self._checkpoints.restore(target, self._abstract)
-        # The checkpoint may be of a step among those that were skipped: what comes now is counted from 0.
-        guard = state.guard._replace(in_a_row=jnp.zeros_like(state.guard.in_a_row))
-        self._state = state._replace(guard=guard)
+        self._state, _ = self._checkpoints.restore(target, self._abstract)
+        self._change_guard(gone_back)  # the checkpoint may be of a step among those that were skipped
         self._step = self._saved = target
 
-    def _report(self, stage: Stage, metrics: Metrics) -> None:
+    def _change_guard(self, change: Callable[[GuardState], GuardState]) -> None:
+        guard = self._state.guard
+        changed = jax.jit(change, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, guard))(guard)
+        self._state = self._state._replace(guard=changed)
+
+    def _report(self, stage: Stage, metrics: Metrics, validation: Validation | None) -> None:
         values = jax.device_get(metrics)
         steps, seconds, wait = self._interval.end(self._step, stage.batches.waited)
         scalars = values._asdict()
         scalars.pop("accepted")
         objective = scalars.pop("objective")
         rates = {"tokens": steps * stage.tokens, "seconds": seconds, "data_wait": wait}
-        self._reporter.step({"step": self._step} | scalars | objective | rates)
+        held_out = {}
+        if validation is not None:
+            begin = time.monotonic()
+            held_out = {f"validation_{name}": value for name, value in validation(self._state.params).items()}
+            self._interval.pause(time.monotonic() - begin)
+        self._reporter.step({"step": self._step} | scalars | objective | held_out | rates)
 
     def _save(self) -> None:
         if self._step == self._saved:
@@ -203,6 +225,7 @@ class Loop:
         begin = time.monotonic()
         self._checkpoints.save(self._step, self._state)
         self._saved = self._step
+        self._own.add(self._step)
         seconds = time.monotonic() - begin
         self._reporter.event("checkpoint", step=self._step, seconds=round(seconds, 3))
         self._interval.pause(seconds)

@@ -1,7 +1,7 @@
 """`qwen2-jax train plot`: curves of runs, from their metrics.jsonl; fit for colour-blind readers."""
 
 import dataclasses
-import os
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tyro.conf import Positional, arg
 
+from qwen2_jax.pictures import COLORS, save_picture
 from train.report.metrics_file import History, read_metrics
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, without its yellows, which are faint on white."""
 _PANELS = {
     "loss": "loss, nats per token",
     "gradient_norm": "gradient norm",
@@ -39,6 +38,8 @@ class Plot:
     """Picture to write."""
     smooth: Annotated[int, arg(metavar="N")] = 1
     """Draw loss, gradient norm and tokens per second as the mean over so many intervals, faintly beside each one's."""
+    json: bool = False
+    """Print what was drawn as JSON."""
 
 
 def run(options: Plot) -> int:
@@ -58,9 +59,16 @@ def run(options: Plot) -> int:
     for folder, history in zip(options.runs, histories, strict=True):
         if not history.steps:
             raise ValueError(f"{folder} has not come to its first interval: nothing to plot yet")
-    _save(draw(dict(zip(_names(options.runs), histories, strict=True)), options.smooth), options.out)
-    for folder, history in zip(options.runs, histories, strict=True):
-        print(f"{folder}: {len(history.steps)} intervals, to step {history.steps[-1]['step']}")
+    save_picture(draw(dict(zip(_names(options.runs), histories, strict=True)), options.smooth), options.out)
+    drawn = [
+        {"run": str(folder), "intervals": len(history.steps), "step": history.steps[-1]["step"]}
+        for folder, history in zip(options.runs, histories, strict=True)
+    ]
+    if options.json:
+        print(json.dumps({"out": str(options.out), "runs": drawn}))
+        return 0
+    for one in drawn:
+        print(f"{one['run']}: {one['intervals']} intervals, to step {one['step']}")
     print(f"{options.out} is drawn")
     return 0
 
@@ -75,12 +83,17 @@ def draw(runs: dict[str, History], smooth: int = 1) -> Figure:
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = dict(zip(_PANELS, figure.subplots(2, 2, sharex=True).ravel(), strict=True))
     for number, (name, history) in enumerate(runs.items()):
-        color = _COLORS[number % len(_COLORS)]
+        color = COLORS[number % len(COLORS)]
         name = name.replace("$", r"\$")  # or matplotlib reads mathematics
         steps = np.asarray([record["step"] for record in history.steps])
         for key, panel in panels.items():
             # A learning rate has no noise, and its corners are meant.
             _curve(panel, steps, _values(history.steps, key), color, name, 1 if key == "learning_rate" else smooth)
+        held_out = _values(history.steps, "validation_loss")
+        known = np.isfinite(held_out)
+        if known.any():
+            of_run = f"{name}, validation"
+            panels["loss"].plot(steps[known], held_out[known], color=color, linestyle="--", marker=".", label=of_run)
         _mark_events(panels["loss"], history.events, color)
     for key, panel in panels.items():
         panel.set(title=_PANELS[key], xlabel="step")
@@ -92,7 +105,7 @@ def draw(runs: dict[str, History], smooth: int = 1) -> Figure:
     for key in ("learning_rate", "tokens_per_second"):
         panels[key].set_ylim(bottom=0)
         panels[key].ticklabel_format(axis="y", scilimits=(-2, 5))
-    if len(runs) > 1 or panels["loss"].collections:
+    if len(panels["loss"].get_legend_handles_labels()[1]) > 1:
         panels["loss"].legend()
     return figure
 
@@ -146,10 +159,3 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """The last part of each path, or all of it where two would have the same name."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """Whole or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, format="png", dpi=150)
-    os.replace(unfinished, path)

@@ -9,8 +9,10 @@ from jax.sharding import Mesh
 from sharding.planner.request import Request
 from sharding.rules import batch_sharding
 from sharding.run import run_options
+from train.objective import Step
 from train.optimizer import OPTIMIZERS
-from train.step import Batch, Step, abstract_state, make_train_step
+from train.pretraining import Batch
+from train.step import abstract_state, make_train_step
 
 
 def training_program(request: Request, mesh: Mesh, attention: str | None = "pallas") -> tuple[Any, tuple[Any, ...]]:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from tyro.conf import Positional, Suppress, arg
 
+from convert.files import expanded
 from qwen2_jax.command import parse
 from sharding.planner.request import Remat
+from train.data.readers import MAX_BAD_RECORDS
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -57,10 +60,12 @@ class Start:
 
     model: Annotated[str | None, arg(metavar="NAME|FOLDER")] = None
     """Published model, as qwen2-0.5b, or a folder with a config.json; its weights are drawn at random."""
-    init: Annotated[str | None, arg(metavar="FOLDER")] = None
-    """Checkpoint whose weights to start from, Hugging Face's or ours, or a step of another run; instead of --model."""
-    tokenizer: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: the one of --init)")] = None
-    """Folder with the tokenizer's files; every checkpoint gets a copy."""
+    init: Annotated[str | None, arg(metavar="NAME|FOLDER")] = None
+    """Checkpoint whose weights to start from: a hub id, or a folder, also a step of a run; instead of --model."""
+    tokenizer: Annotated[str | None, arg(metavar="NAME|FOLDER", help_behavior_hint="(default: the one of --init)")] = (
+        None
+    )
+    """Folder with the tokenizer's files, or a hub id, as Qwen/Qwen2-0.5B; every checkpoint gets a copy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +79,8 @@ class Text:
     field: str = "text"
     """Name of the text in records."""
     cache: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: RUN/tokens)")] = None
-    """Where text is kept once it is tokenised."""
-    max_bad_records: Annotated[int, arg(metavar="N")] = 0
+    """Where text is kept once it is tokenized."""
+    max_bad_records: Annotated[int, arg(metavar="N")] = MAX_BAD_RECORDS
     """Damaged records to pass over, counted and named, before giving up."""
     seq: Annotated[int, arg(metavar="N")] = 4096
     """Tokens of a row."""
@@ -89,6 +94,21 @@ class Text:
     def __post_init__(self):
         _check(seq=(self.seq, 2), batch=(self.batch, 1), accumulate=(self.accumulate, 1), seed=(self.seed, 0))
         _check(max_bad_records=(self.max_bad_records, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Text that is not trained on, to see what the model makes of it."""
+
+    validation_data: Annotated[tuple[str, ...], arg(metavar="PATH...", help_behavior_hint="(default: none)")] = ()
+    """Text as that of --data, several by size."""
+    validate_every: Annotated[int, arg(metavar="N")] = 500
+    """Steps between measurements of the loss on it; the last step of a phase always has one."""
+    validation_rows: Annotated[int, arg(metavar="N")] = 64
+    """Rows of it to measure the loss on, the same ones every time; a batch is always whole."""
+
+    def __post_init__(self):
+        _check(validate_every=(self.validate_every, 1), validation_rows=(self.validation_rows, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +143,8 @@ class Optimization:
     """Of the master weights."""
     moments_dtype: Dtype = "float32"
     """Of AdamW's first moment."""
+    second_moments_dtype: Dtype = "float32"
+    """Of AdamW's second moment; in bfloat16 it no longer falls where beta2 is above 0.998."""
 
     def __post_init__(self):
         _check(steps=(self.steps, 1), warmup=(self.warmup, 0), decay=(self.decay, 1))
@@ -155,8 +177,8 @@ class Compute:
     """Room of an expert, as a multiple of its even share; choices beyond it are dropped, and counted."""
     no_plan: bool = False
     """Start even if the planner's formula says that the run does not fit the devices' memory."""
-    compilation_cache: Annotated[Path | None, arg(metavar="FOLDER")] = None
-    """Where compiled programs are kept between runs; not for CPU devices, whose cached programs can deadlock."""
+    compilation_cache: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """Where compiled programs are kept between runs; not with several CPU devices, whose cached programs deadlock."""
     coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
     """Address of process 0, where JAX does not find the cluster by itself; with --processes and --process."""
     processes: Annotated[int | None, arg(metavar="N")] = None
@@ -179,7 +201,7 @@ class Safety:
     keep_last: Annotated[int, arg(metavar="N")] = 3
     """Newest checkpoints to keep."""
     keep_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: none)")] = None
-    """Also keep those of steps that this divides."""
+    """Also keep those of steps that this divides; a multiple of --save-every."""
     max_skips: Annotated[int, arg(metavar="N")] = 10
     """Steps in a row that the guard may skip, before the run goes back to a checkpoint and passes over their data."""
     max_rollbacks: Annotated[int, arg(metavar="N")] = 3
@@ -189,6 +211,12 @@ class Safety:
 
     def __post_init__(self):
         _check(save_every=(self.save_every, 1), keep_last=(self.keep_last, 1), keep_every=(self.keep_every, 1))
+        if self.keep_every is not None and self.keep_every % self.save_every:
+            multiple = -(-self.keep_every // self.save_every) * self.save_every
+            raise ValueError(
+                f"--keep-every {self.keep_every} is no multiple of --save-every {self.save_every}, so that not all of "
+                f"those steps are saved; change either, as to --keep-every {multiple}"
+            )
         _check(max_skips=(self.max_skips, 1), max_rollbacks=(self.max_rollbacks, 0))
         _check_positive(spikes=self.spikes)
         if self.resume not in ("auto", "never") and not self.resume.isdecimal():
@@ -201,6 +229,8 @@ class Output:
 
     log_every: Annotated[int, arg(metavar="N")] = 10
     """Steps between lines, and between records of metrics.jsonl."""
+    json: bool = False
+    """Print what metrics.jsonl gets, an object on a line, instead of lines for people."""
     tensorboard: bool = False
     """Also write for TensorBoard (pip install 'qwen2-jax[tensorboard]')."""
     wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
@@ -230,6 +260,7 @@ class Run:
     """Folder of the run: options, metrics and checkpoints."""
     start: Annotated[Start, arg(name="")] = Start()
     text: Annotated[Text, arg(name="")] = Text()
+    held_out: Annotated[HeldOut, arg(name="")] = HeldOut()
     optimization: Annotated[Optimization, arg(name="")] = Optimization()
     compute: Annotated[Compute, arg(name="")] = Compute()
     safety: Annotated[Safety, arg(name="")] = Safety()
@@ -269,7 +300,7 @@ def read_run(argv: Sequence[str]) -> Run:
         run: Run = parse(Run, argv, prog=PROG)
         if run.file is not None:
             raise ValueError(f"a run file comes first, as in {PROG} {run.file} --out RUN; it stands behind options")
-        return run
+        return _at_home(run)
     name, *flags = argv
     options = _read_file(_locate(name))
     for here, there in (("--init", "model"), ("--model", "init")):  # either says what to start from
@@ -282,7 +313,25 @@ def read_run(argv: Sequence[str]) -> Run:
         raise ValueError(f"{name} lists phases, which have steps of their own; --steps does not go with them")
     phases = tuple(_phase(name, number, entry) for number, entry in enumerate(entries, 1))
     run = parse(Run, [name, *_as_flags(name, options), *flags], prog=PROG)
-    return dataclasses.replace(run, phases=phases)
+    return _at_home(dataclasses.replace(run, phases=phases))
+
+
+def _at_home(run: Run) -> Run:
+    """The run with its folders as they are used: no shell replaces the ~ of a run file, or of --out=~/runs."""
+    out, cache, programs = run.out, run.text.cache, run.compute.compilation_cache
+    if out is not None and (url := re.match(r"([a-z][a-z0-9+.-]+):/", str(out), re.IGNORECASE)):  # a Path has one slash
+        raise ValueError(
+            f"--out {url[1]}://{str(out)[url.end() :]}: a run needs a folder that all its processes see; mount the "
+            "bucket, for example with gcsfuse, and name the folder"
+        )
+    if programs is not None and "://" not in programs:  # JAX writes to buckets by itself
+        programs = str(expanded(programs))
+    return dataclasses.replace(
+        run,
+        out=None if out is None else expanded(out),
+        text=dataclasses.replace(run.text, cache=None if cache is None else expanded(cache)),
+        compute=dataclasses.replace(run.compute, compilation_cache=programs),
+    )
 
 
 def as_options(run: Run) -> dict[str, Any]:

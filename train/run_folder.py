@@ -10,13 +10,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import yaml
 
+from convert.files import write_whole
 from train.run import Run, as_options
 
 OPTIONS, STARTS, PASSED_OVER, CHECKPOINTS = "run.yaml", "starts.jsonl", "passed_over.json", "checkpoints"
@@ -24,11 +25,15 @@ OPTIONS, STARTS, PASSED_OVER, CHECKPOINTS = "run.yaml", "starts.jsonl", "passed_
 _PACKAGES = ("qwen2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _FREE = frozenset(
     """
-    out resume save_every keep_last keep_every log_every tensorboard wandb profile cache no_plan compilation_cache
-    coordinator processes process
+    out resume save_every keep_last keep_every log_every json tensorboard wandb profile cache no_plan compilation_cache
+    coordinator processes process validation_data validate_every validation_rows
     """.split()
 )
 """Options that leave the numbers alone."""
+
+
+_OF_DATA = frozenset("init tokenizer data weights field seq seed phases max_bad_records".split())
+"""Options that say what the data is."""
 
 
 class Window(NamedTuple):
@@ -65,14 +70,20 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def note_start(run: Run, folder: Path, step: int) -> list[str]:
+def note_start(run: Run, folder: Path, step: int, texts: Sequence[str] = (), begun: int = 0) -> list[str]:
     """Writes the options of this start, and where it takes place, into the folder.
+
+    Args:
+      step: that the run goes on from.
+      texts: a digest of every phase's data.
+      begun: so many phases were begun before.
 
     Returns:
       The options that differ from those of the start before, as "name: old -> new", of those that change numbers.
 
     Raises:
-      ValueError: if the options of the start before cannot be read.
+      ValueError: if the options of the start before cannot be read; or if no option says that the data of a phase
+        that was begun is another one, but it is: the run would go on amid rows of text that it partly knows.
     """
     options = as_options(run)
     before = _read_options(folder / OPTIONS)
@@ -81,10 +92,19 @@ def note_start(run: Run, folder: Path, step: int) -> list[str]:
         for name, value in options.items()
         if name not in _FREE and name in before and before[name] != value
     ]
+    known = _texts_before(folder / STARTS)
+    other = next((n for n, (old, new) in enumerate(zip(known[:begun], texts, strict=False), 1) if old != new), None)
+    if other is not None and not _OF_DATA.intersection(change.partition(":")[0] for change in changes):
+        raise ValueError(
+            f"the data of phase {other} is no longer what the run was trained on up to step {step}, though it has the "
+            "same name: bring the text back, or, if the run is to go on with the new one, give that another name"
+        )
     if jax.process_index() == 0:
         write_whole(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False).encode())
+        start = json.dumps({"step": step, "changes": changes, "texts": [*texts]} | _circumstances())
+        torn = (folder / STARTS).exists() and not (folder / STARTS).read_bytes().endswith(b"\n")
         with open(folder / STARTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "changes": changes} | _circumstances()) + "\n")
+            file.write("\n" * torn + start + "\n")
     return changes
 
 
@@ -116,16 +136,6 @@ def position(windows: list[Window], phase: int, step: int) -> int:
     return step
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that is, after any crash, whole: the old one or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def _read_options(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
@@ -134,6 +144,15 @@ def _read_options(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML any more: {error}") from None
     return options if isinstance(options, dict) else {}
+
+
+def _texts_before(path: Path) -> list[str]:
+    """Digests of the data at the last start; none if there was none, or it did not come to write them."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a line may be torn
+            return list(json.loads(line)["texts"])
+    return []
 
 
 def _circumstances() -> dict[str, Any]:

@@ -19,7 +19,7 @@ class LearningRate:
     Of `updates` in all, number n, counted from 0, is made with `peak` times
     - (n + 1) / warm_up, while n < warm_up: none is made with 0;
     - cosine: from 1 to `final` along half a period of a cosine;
-    - wsd: 1, and over the last `decay` updates from 1 to `final` by 1 - sqrt(x), or by 1 - x if `linear`;
+    - wsd: 1, and over the last `decay` updates from 1 to `final` by 1 - sqrt(x);
     - constant: 1.
     `final` itself is reached behind the last one.
 
@@ -36,8 +36,6 @@ class LearningRate:
     """Updates at the end of wsd."""
     final: float = 0.1
     """Fraction of the peak."""
-    linear: bool = False
-    """wsd decays along a line."""
 
     def __post_init__(self):
         if not (self.peak > 0 and math.isfinite(self.peak)):
@@ -75,4 +73,4 @@ class LearningRate:
         """From 1 to 0 as the fraction of the decay that is left does."""
         if self.kind == "cosine":
             return jnp.square(jnp.sin(math.pi / 2 * left))
-        return left if self.linear or self.kind == "constant" else 1 - jnp.sqrt(1 - left)
+        return left if self.kind == "constant" else 1 - jnp.sqrt(1 - left)

@@ -14,19 +14,7 @@ from qwen2_jax.model import Params, abstract_params, init_params
 from sharding.rules import optimizer_shardings, param_shardings
 from train.guard import Guard, GuardState, acceptable, init_guard, recorded
 from train.objective import Objective, Step
-from train.pretraining import Batch, Pretraining
-
-__all__ = [
-    "Batch",
-    "Metrics",
-    "Step",
-    "TrainState",
-    "abstract_state",
-    "init_state",
-    "loss_and_gradients",
-    "make_train_step",
-    "state_shardings",
-]
+from train.pretraining import Pretraining
 
 
 class TrainState(NamedTuple):

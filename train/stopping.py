@@ -18,12 +18,16 @@ class StopRequest:
     """Whether this run should save and end after the current step. Made by `watch_for_stop`."""
 
     def __init__(self, several: bool):
-        self._several, self._asked = several, False
+        self._several, self._asked, self._stopping = several, False, False
+        self._asked_for = 0
 
-    def seen(self, step: int) -> bool:
-        """Asked once per step, in every process, which all get the same answer at the same step."""
+    def seen(self) -> bool:
+        """Asked once per step, in every process, which all get the same answer at the same step; true from then on."""
         if self._several:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
+            # Not the number of the step, which a run that goes back has twice: JAX says so at one number, and once.
+            self._asked_for += 1
+            self._stopping |= bool(multihost_utils.reached_preemption_sync_point(self._asked_for))
+            return self._stopping
         return self._asked
 
     def _note(self, number, frame) -> None:

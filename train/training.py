@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,14 +16,16 @@ from jax.sharding import Mesh
 
 from convert.checkpoint import open_checkpoint
 from convert.chunks import Source
+from convert.files import shown, write_whole
 from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
 from convert.load import load_open
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import abstract_params
+from qwen2_jax.tokenizer import tokenizer_file
 from sharding.checks import check_divides
 from sharding.mesh import MeshSpec, make_mesh
 from sharding.planner.advice import ways_to_fit
-from sharding.planner.chips import Topology
+from sharding.planner.chips import Topology, chip_of
 from sharding.planner.estimate import estimate
 from sharding.planner.request import Optimizer, Request, read_config
 from sharding.run import run_options
@@ -35,24 +38,29 @@ from train.objective import Objective, Step
 from train.optimizer import adamw
 from train.report.profile import Profile
 from train.report.reporter import Reporter
-from train.report.throughput import chip_of, work
+from train.report.throughput import work
 from train.run import Phase, Run
-from train.run_folder import CHECKPOINTS, locked, note_start, read_windows, write_whole
+from train.run_folder import CHECKPOINTS, locked, note_start, read_windows
 from train.schedule import LearningRate
 from train.step import TrainState, abstract_state, init_state, make_train_step, new_state, state_shardings
 from train.stopping import watch_for_stop
+from train.validation import Validation
 
 RowsOf = Callable[[int, Phase], Rows]
 """The rows of a phase, by its number from 0."""
 
+ValidationRowsOf = Callable[[Phase], Rows]
+"""The rows that a phase is validated on."""
 
-def train(run: Run, objective: Objective, rows_of: RowsOf) -> int:
+
+def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: ValidationRowsOf | None = None) -> int:
     """Trains, from the newest checkpoint in the run's folder or from the beginning.
 
     Args:
       run: its options.
       objective: what to make smaller.
       rows_of: the data; asked for every phase, in order.
+      validation_rows_of: what to measure the loss on as well, without training on it.
 
     Returns:
       The exit status: 0 when the last step is saved and was read back, `train.stopping.STOPPED` when the run was asked
@@ -71,38 +79,64 @@ def train(run: Run, objective: Objective, rows_of: RowsOf) -> int:
     spec = MeshSpec.parse(run.compute.mesh).resolve(jax.device_count())
     phases = run.stretches
     configs = [_config_of(config, phase) for phase in phases]
-    for config, phase in zip(configs, phases, strict=True):
-        _check(run, config, phase, spec)
+    for of_phase, phase in zip(configs, phases, strict=True):
+        _check(run, of_phase, phase, spec)
     optimizer = _optimizer(run)
     mesh = make_mesh(spec)
     abstract = abstract_state(configs[0], optimizer, mesh, jnp.dtype(run.optimization.params_dtype))
     with contextlib.ExitStack() as open_until_done:
         enter = open_until_done.enter_context
         enter(locked(run.out))
-        models = [_write_model(run, config, tokenizer, number) for number, config in enumerate(configs)]
+        models = [_write_model(run, of_phase, tokenizer, number) for number, of_phase in enumerate(configs)]
         checkpoints = Checkpoints(run.out / CHECKPOINTS, models[0], run.safety.keep_last, run.safety.keep_every)
         enter(contextlib.closing(checkpoints))
         resumed = _resumed(run, checkpoints)
         if resumed is not None and resumed >= run.steps:
             return _already_there(run, checkpoints, resumed)
-        stages = _stages(run, configs, rows_of, models, optimizer, objective, mesh)
+        stages = _stages(run, configs, rows_of, validation_rows_of, models, optimizer, objective, mesh)
         windows = read_windows(run.out)
         if resumed is None:
             state = _first_state(run, configs[0], weights, optimizer, mesh)
         else:
             state, _ = checkpoints.restore(resumed, abstract)
-        changes = note_start(run, run.out, resumed or 0)
+        texts = [stage.batches.digest for stage in stages]
+        begun = sum(stage.first < (resumed or 0) for stage in stages)
+        changes = note_start(run, run.out, resumed or 0, texts, begun)
         stop = enter(watch_for_stop())
         output = run.output
         reporter = enter(
-            Reporter(run.out, run.steps, first_step=resumed or 0, tensorboard=output.tensorboard, wandb=output.wandb)
+            Reporter(
+                run.out,
+                run.steps,
+                first_step=resumed or 0,
+                tensorboard=output.tensorboard,
+                wandb=output.wandb,
+                json=output.json,
+            )
         )
         profile = None if output.profile is None else enter(Profile(run.out / "profile", *output.profile))
         reporter.start(_facts(run, configs[0], spec, resumed))
         if changes:
             reporter.event("options", step=resumed or 0, changed="; ".join(changes))
-        limits = Limits(run.safety.save_every, output.log_every, run.safety.max_skips, run.safety.max_rollbacks)
-        loop = Loop(run.out, stages, state, abstract, limits, windows, checkpoints, reporter, profile, stop)
+        limits = Limits(
+            save_every=run.safety.save_every,
+            log_every=output.log_every,
+            validate_every=run.held_out.validate_every,
+            max_skips=run.safety.max_skips,
+            max_rollbacks=run.safety.max_rollbacks,
+        )
+        loop = Loop(
+            run.out,
+            stages,
+            state,
+            abstract,
+            limits=limits,
+            windows=windows,
+            checkpoints=checkpoints,
+            reporter=reporter,
+            profile=profile,
+            stop=stop,
+        )
         del state  # the loop uses it up
         return loop.run()
 
@@ -111,14 +145,18 @@ def tokenizer_of(run: Run) -> Path:
     """The folder with the run's tokenizer.
 
     Raises:
-      ValueError: if none was named, or the folder holds none.
+      ValueError: if none was named, it cannot be downloaded, or the folder holds none.
     """
-    folder = run.start.tokenizer or (None if run.start.init is None else local_folder(run.start.init))
-    if folder is None:
-        raise ValueError("--tokenizer is missing: name a folder with tokenizer.json, such as that of a published model")
-    if not carried_files(Path(folder)):
-        raise ValueError(f"{folder} holds no tokenizer; --tokenizer names a folder with tokenizer.json")
-    return Path(folder)
+    name = run.start.tokenizer or run.start.init
+    if name is None:
+        raise ValueError("--tokenizer is missing: name a folder with tokenizer.json, or a hub id, as Qwen/Qwen2-0.5B")
+    folder = local_folder(name, weights="none")
+    if tokenizer_file(folder) is None:
+        raise ValueError(
+            f"{shown(folder)} holds no tokenizer; --tokenizer names a folder with tokenizer.json, or a hub id, as "
+            "Qwen/Qwen2-0.5B"
+        )
+    return folder
 
 
 def _keep_programs(run: Run) -> None:
@@ -152,7 +190,7 @@ def _config_of(config: Qwen2Config, phase: Phase) -> Qwen2Config:
 
 def _check(run: Run, config: Qwen2Config, phase: Phase, spec: MeshSpec) -> None:
     assert phase.batch is not None and phase.seq is not None and phase.accumulate is not None
-    if phase.accumulate < 1 or phase.batch < 1 or phase.batch % phase.accumulate:
+    if phase.batch % phase.accumulate:
         raise ValueError(
             f"a batch of {phase.batch} rows does not divide into {phase.accumulate} parts; change one of them"
         )
@@ -167,7 +205,19 @@ def _check(run: Run, config: Qwen2Config, phase: Phase, spec: MeshSpec) -> None:
     place = Topology(chip, (jax.device_count(),))
     optimizer: Optimizer = "adamw-bf16" if run.optimization.moments_dtype == "bfloat16" else "adamw"
     name = run.start.model or run.start.init or ""
-    request = Request(name, config, place, spec, "train", rows, phase.seq, run.compute.remat, optimizer)
+    request = Request(
+        name,
+        config,
+        place,
+        spec,
+        "train",
+        rows,
+        phase.seq,
+        run.compute.remat,
+        optimizer,
+        accumulates=phase.accumulate > 1,
+        params_bytes=4 if run.optimization.params_dtype == "float32" else 2,
+    )
     if not (plan := estimate(request)).fits:
         ways = ways_to_fit(request)
         advice = f"it would with {' or '.join(ways)}" if ways else "use more devices"
@@ -194,20 +244,15 @@ def _optimizer(run: Run) -> optax.GradientTransformation:
         weight_decay=how.weight_decay,
         clip_norm=how.clip_norm or None,
         moments_dtype=jnp.dtype(how.moments_dtype),
+        second_moments_dtype=jnp.dtype(how.second_moments_dtype),
     )
-
-
-def _guard(run: Run) -> Guard:
-    sigmas = run.safety.spikes
-    if sigmas is None:
-        return Guard(max_skips=run.safety.max_skips)
-    return Guard(spikes=True, sigmas=sigmas, max_skips=run.safety.max_skips)
 
 
 def _stages(
     run: Run,
     configs: Sequence[Qwen2Config],
     rows_of: RowsOf,
+    validation_rows_of: ValidationRowsOf | None,
     models: Sequence[Path],
     optimizer: optax.GradientTransformation,
     objective: Objective,
@@ -218,11 +263,17 @@ def _stages(
         assert phase.batch is not None and phase.seq is not None and phase.accumulate is not None
         options = run_options(config, mesh, attention=how.attention, moe=how.moe, capacity_factor=how.capacity_factor)
         computed = Step(jnp.dtype(how.dtype), how.remat, options, mesh=mesh, accumulate=phase.accumulate)
-        step = make_train_step(config, optimizer, computed, objective, _guard(run))
+        step = make_train_step(config, optimizer, computed, objective, Guard(run.safety.spikes))
         shape = phase.batch // phase.accumulate, phase.seq
         batches = Batches(rows_of(number, phase), shape if phase.accumulate == 1 else (phase.accumulate, *shape), mesh)
         cost = work(config, phase.seq, jax.devices())
-        stages.append(Stage(first, first + phase.steps, step, batches, phase.batch * phase.seq, cost, model))
+        validation = None
+        if validation_rows_of is not None:
+            held_out = Batches(validation_rows_of(phase), shape, mesh)
+            count = -(-run.held_out.validation_rows // shape[0])
+            validation = Validation(config, objective, computed._replace(accumulate=1), held_out, count)
+        tokens = phase.batch * phase.seq
+        stages.append(Stage(first, first + phase.steps, step, batches, tokens, cost, model, validation))
         first += phase.steps
     return stages
 
@@ -276,7 +327,9 @@ def _already_there(run: Run, checkpoints: Checkpoints, step: int) -> int:
             "--resume STEP"
         )
     checkpoints.verify(step)
-    if jax.process_index() == 0:
+    if jax.process_index() == 0 and run.output.json:
+        print(json.dumps({"event": "finished", "step": step}), flush=True)
+    elif jax.process_index() == 0:
         print(f"{run.out} is complete: step {step} of {step} is saved, and was read back", flush=True)
     return 0
 

@@ -18,10 +18,10 @@ from qwen2_jax.commands.evaluation import (
     shared_settings,
     text_digest,
 )
-from qwen2_jax.commands.progress import count_progress
 from qwen2_jax.commands.session import Session
 from qwen2_jax.evaluation.modes import reaching
 from qwen2_jax.evaluation.texts import library_text, read_texts
+from qwen2_jax.progress import count_progress
 
 NAME = "needle"
 

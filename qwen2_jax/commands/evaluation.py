@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from convert.files import write_whole
 from qwen2_jax.commands.session import Attention, Mesh, Session, SessionOptions, attention_option
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.journal import Journal
@@ -107,9 +107,7 @@ def publish(
     """Writes FOLDER/`name`.json and .png, and prints the summary, or the table for programs."""
     file, picture = (options.out / f"{name}.{kind}" for kind in ("json", "png"))
     report = {**report, "versions": _versions()}
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, file)
+    write_whole(file, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     plot(report, picture)
     if options.json:
         print(json.dumps({"table": report["table"]}))

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, without its yellows, which are faint on white."""
+from qwen2_jax.pictures import COLORS, save_picture
 
 _MARKERS = "osD^vP"
 
@@ -49,13 +48,13 @@ def plot_needle(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         panel.set(title=mode, xlabel="prompt, tokens", ylabel="depth (0 first, 1 last)")
         within = sum(length <= trained for length in lengths) if trained else 0
         if 0 < within < len(lengths):
-            panel.axvline(within - 0.5, color="#D55E00", linestyle="--", linewidth=2)
+            panel.axvline(within - 0.5, color=COLORS[1], linestyle="--", linewidth=2)
     figure.colorbar(image, ax=panels, label="share of secrets found")
     title = _title(report, "task")
     if trained and lengths[0] <= trained < lengths[-1]:
         title += f"  (dashed: trained on {trained:,} tokens)"
     figure.suptitle(title)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def plot_perplexity(report: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -77,7 +76,7 @@ def plot_perplexity(report: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         middle = np.asarray([(row["first"] + row["last"]) / 2 for row in rows])
         loss = np.asarray([row["loss"] for row in rows])
         error = np.asarray([row["loss_error"] or 0.0 for row in rows])
-        color, marker = _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)]
+        color, marker = COLORS[number % len(COLORS)], _MARKERS[number % len(_MARKERS)]
         axes.plot(middle, loss, color=color, marker=marker, markersize=4, label=mode)
         axes.fill_between(middle, loss - error, loss + error, color=color, alpha=0.2, linewidth=0)
     trained = report.get("trained_length")
@@ -87,7 +86,7 @@ def plot_perplexity(report: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def _values(table: list[Mapping[str, Any]], name: str) -> list[Any]:
@@ -100,10 +99,3 @@ def _title(report: Mapping[str, Any], what: str) -> str:
     settings = report.get("settings", {})
     model = Path(settings["model"]).name if "model" in settings else ""
     return ": ".join(filter(None, (model, str(settings.get(what, "") or what))))
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Whole or not at all."""
-    unfinished = Path(path).with_suffix(".unfinished")
-    figure.savefig(unfinished, format="png", dpi=150)
-    os.replace(unfinished, path)

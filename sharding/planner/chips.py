@@ -46,6 +46,20 @@ CHIPS = {
     )
 }
 
+CHIP_OF_KIND = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+}
+"""Names in the table by `jax.Device.device_kind`. H100 and H200 as PCIe or NVL cards, and parts of a card
+(MIG), have names of their own, and do less than the table says."""
+
 _NODE = 8
 """GPUs behind one NVLink switch."""
 _RING = 16
@@ -60,6 +74,12 @@ _SLICES: dict[int, tuple[tuple[int, ...], ...]] = {
 """Shapes of slices, dims sorted, from the smallest; 3D ones grow on by doubling a dim."""
 _LARGEST = {"v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256}
 """Chips of the largest slice on offer."""
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls so; None if the table has no such one."""
+    name = CHIP_OF_KIND.get(device_kind)
+    return None if name is None else CHIPS[name]
 
 
 @dataclasses.dataclass(frozen=True)

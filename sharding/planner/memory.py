@@ -65,7 +65,7 @@ def memory(spread: Spread) -> Memory:
     state = STATE_BYTES[request.optimizer] if training else ()
     tokens = sizes.array((spread.rows, spread.tokens // spread.rows), SINGLE)
     return Memory(
-        parameters=single if training else half,
+        parameters=single if training and request.params_bytes == SINGLE else half,
         optimizer=sum(half if size == HALF else single for size in state),
         cache=0 if training else sizes.cache(),
         inputs=2 * tokens if training else tokens,
@@ -87,9 +87,10 @@ def _training(sizes: "_Sizes") -> list[_Moment]:
     """In the order in which they come."""
     head, layers = sizes.head_gradient(), sizes.stored(SINGLE, layers=True)
     saved = sizes.saved()
+    before = sizes.stored(SINGLE) if sizes.request.accumulates else 0
     return [
-        _Moment(0, saved, sizes.loss(), "the loss"),
-        _Moment(layers + head, saved, sizes.layer(), "the backward pass of a layer"),
+        _Moment(before, saved, sizes.loss(), "the loss"),
+        _Moment(before + layers + head, saved, sizes.layer(), "the backward pass of a layer"),
         _Moment(sizes.stored(SINGLE), 0, 0, "the update"),
     ]
 

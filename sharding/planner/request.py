@@ -25,7 +25,7 @@ STATE_BYTES: dict[Optimizer, tuple[int, ...]] = {"adamw": (4, 4), "adamw-bf16": 
 class Request:
     """Checked: everything divides, and the mesh fills the topology.
 
-    Training keeps float32 parameters and computes in bfloat16; serving keeps and computes in bfloat16.
+    Training computes in bfloat16; serving keeps parameters in bfloat16 and computes in it.
     """
 
     model: str
@@ -39,6 +39,10 @@ class Request:
     """Tokens per row; when decoding, those in the cache, the new one included."""
     remat: Remat = "full"
     optimizer: Optimizer = "adamw"
+    accumulates: bool = False
+    """Whether the rows are one of several parts of a training step, whose gradients are added up."""
+    params_bytes: Literal[2, 4] = 4
+    """Of a number of the parameters that training keeps."""
 
     @property
     def training(self) -> bool:

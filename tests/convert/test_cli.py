@@ -69,24 +69,9 @@ def test_help(job, capsys):
 
 
 def test_progress_lines(make_hf, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("convert.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("qwen2_jax.progress._SECONDS_BETWEEN_LINES", 0.0)
     _, _, error = run("from-hf", make_hf("dense"), tmp_path / "ours")
     assert error.count("converting: 0.00 of 0.00 GB, ") == 27
-
-
-def test_progress_bar(capsys, monkeypatch):
-    from convert.progress import progress_bar
-
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress_bar("converting") as update:
-        update(5, 10)
-        update(10, 10)
-    out, error = capsys.readouterr()
-    assert (out, "converting" in error, "10/10 bytes" in error) == ("", True, True)
-    with progress_bar("converting", quiet=True) as update:
-        update(10, 10)
-    assert capsys.readouterr() == ("", "")
 
 
 def test_as_a_module(make_hf, tmp_path):

@@ -66,7 +66,7 @@ def test_refuses(arguments, message):
 def test_alone(monkeypatch):
     """Where JAX knows no cluster, a run is on its own."""
 
-    def initialize():
+    def initialize(**_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -4,22 +4,25 @@ import hashlib
 import os
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from qwen2_jax.command import end_process, exit_code
-from sharding.processes import join_processes
+from sharding.processes import join_processes, leave_processes
 from tests.train.runs import RandomRows
 from train.loop import Loop
 from train.pretraining import Pretraining
 from train.run import read_run
+from train.text import rows_of_text
 from train.training import train
 
 
 def main(stop: str, argv: list[str]) -> int:
-    """`stop`: the step at which this process is sent SIGTERM, or 0. Prints a digest of every batch."""
+    """`stop`: the step at which this process is sent SIGTERM, or 0. Made-up rows but for --data. Prints a digest of
+    every batch."""
     run = read_run(argv)
     join_processes(run.compute.coordinator, run.compute.processes, run.compute.process)
     assert jax.device_count() == 8
@@ -34,7 +37,11 @@ def main(stop: str, argv: list[str]) -> int:
         return take(loop, number, batch)
 
     Loop._take_step = telling
-    return train(run, Pretraining(), lambda number, phase: RandomRows(phase.seq, number))
+    rows_of = rows_of_text(run) if run.text.data else lambda number, phase: RandomRows(phase.seq, number)
+    status = train(run, Pretraining(), rows_of)
+    time.sleep(jax.process_index() / 2)  # process 0, without which the others cannot be, is through first
+    leave_processes()
+    return status
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
 from convert.step_folder import read_manifest
-from train import training
+from tests.oracles.tokenizers import write_byte_tokenizer
+from train import IGNORE, training
 from train.data.batches import Stream
 from train.data.packing import Row
 from train.loop import Loop
@@ -44,18 +43,15 @@ OPTIONS = f"""--seq {SEQ} --batch {BATCH} --steps 12 --warmup 2 --learning-rate 
 
 def make_model(folder: Path) -> Path:
     """A folder with config.json and a tokenizer of a token per byte and one that ends documents."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.add_special_tokens(["<|endoftext|>"])
-    folder.mkdir(parents=True)
-    backend.save(str(folder / "tokenizer.json"))
+    write_byte_tokenizer(folder, ["<|endoftext|>"])
     (folder / "config.json").write_text(json.dumps(MODEL))
     return folder
 
 
 class RandomRows:
     """Two documents in a row, of tokens that follow from its number."""
+
+    digest = "made up"
 
     def __init__(self, seq: int, seed: int = 0):
         self._seq, self._seed = seq, seed
@@ -67,7 +63,7 @@ class RandomRows:
         segments = np.repeat(np.array([1, 2], np.int32), (seq // 4, seq - seq // 4))
         positions = np.concatenate([np.arange(seq // 4), np.arange(seq - seq // 4)]).astype(np.int32)
         targets = np.roll(tokens, -1)
-        targets[[seq // 4 - 1, seq - 1]] = -100
+        targets[[seq // 4 - 1, seq - 1]] = IGNORE
         return Row(tokens, targets, segments, positions)
 
 
@@ -96,6 +92,7 @@ class Runner:
         *flags: object,
         before: Callable[[int], None] = lambda step: None,
         rows: Callable[..., object] = lambda number, phase: RandomRows(phase.seq, number),
+        validation: Callable[..., object] | None = None,
         objective: Pretraining = Pretraining(),
         run: Run | None = None,
     ) -> Seen:
@@ -134,7 +131,7 @@ class Runner:
             patch.setattr(training, "abstract_state", abstract)
             patch.setattr(training, "init_state", init)
             try:
-                seen.status = training.train(run, objective, rows)
+                seen.status = training.train(run, objective, rows, validation)
             finally:
                 self.seen = seen
         return seen

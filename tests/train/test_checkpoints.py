@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 
@@ -108,7 +109,8 @@ def files_of(folder):
 
 
 def test_a_training_state_comes_back_on_any_mesh(open_run):
-    """Parameters, moments, counts and all: a resume that loses the optimizer looks plausible, but is another run."""
+    """Parameters, moments, counts and all: a resume that loses the optimizer looks plausible, but is another run
+    (Automodel#763 of NVIDIA-NeMo, KempnerForge#115)."""
     mesh = make_mesh("fsdp=4,tensor=2")
     draw = np.random.default_rng(0)
 
@@ -307,6 +309,8 @@ def test_a_manifest_of_another_version(damageable, monkeypatch):
 
 @pytest.mark.parametrize("told_by", ["save", "check", "wait", "close"])
 def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(told_by, open_run):
+    """orbax#605: the run went on, and crashed at the next save. keras#23609: close() swallowed the error, and the last
+    checkpoint was missing."""
     run = open_run()
     saved(run, 1)
     with no_room():
@@ -341,7 +345,8 @@ def test_check_does_not_wait(open_run, monkeypatch):
 
 
 def test_a_step_that_failed_is_not_taken_for_saved(open_run):
-    """It is not the latest, and the same step is saved by the next call and not passed over."""
+    """It is not the latest, and the same step is saved by the next call and not passed over (maxtext#5260: a failed
+    save counts as the latest, and saves up to its step are skipped)."""
     run = open_run()
     saved(run, 1)
     with no_room():
@@ -395,7 +400,8 @@ def test_read_only_folder(open_run, monkeypatch):
 
 
 def test_a_step_that_is_there_is_replaced(open_run, model):
-    """The last save of a run may meet one of the same step; what was said last holds."""
+    """The last save of a run may meet one of the same step; what was said last holds (orbax#2657: that save raised, and
+    the last weights were lost)."""
     run = open_run()
     saved(run, 5, seed=1, version=1)
     for seed in (2, 3):
@@ -409,6 +415,7 @@ def test_a_step_that_is_there_is_replaced(open_run, model):
 
 
 def test_a_step_stays_until_its_replacement_is_whole(open_run):
+    """The other side of orbax#2657: to replace a step is not to lose it."""
     run = open_run()
     state = saved(run, 5, seed=1)
     with no_room():
@@ -420,8 +427,42 @@ def test_a_step_stays_until_its_replacement_is_whole(open_run):
     assert_same(run.restore(5, abstract(state))[0], again)
 
 
+class Killed(Exception):
+    """Stands for kill -9: nothing handles it."""
+
+
+@pytest.mark.parametrize("moment", ["before the manifest", "behind the manifest"])
+def test_a_step_stays_whole_when_its_replacement_is_of_another_model_and_killed(moment, open_run, model, monkeypatch):
+    """config.json belongs to either the old step or the new one, as the manifest does."""
+
+    def kill(*arguments):
+        if threading.current_thread().name.startswith("checkpoint"):  # that commits
+            raise Killed
+        return original(*arguments)
+
+    folder = model.parent / "run/checkpoints/00000005"
+    old = saved(open_run(), 5, seed=1)
+    (model / "config.json").write_text('{"model_type": "qwen2", "rope_theta": 1e6}')
+    run, new = open_run(), small_state(2)
+    before = moment == "before the manifest"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        name = "small_files" if before else "_finish_replacing"
+        original = getattr(module, name)
+        patch.setattr(module, name, kill)
+        run.save(5, new)
+        run.wait()
+    run = open_run()
+    run.verify(5)
+    assert_same(run.restore(5, abstract(old))[0], old if before else new)
+    assert ("rope_theta" in (folder / "config.json").read_text()) != before
+    again = saved(run, 5, seed=3)
+    assert_same(open_run().restore(5, abstract(again))[0], again)
+    assert "rope_theta" in (folder / "config.json").read_text()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
 def test_a_new_run_does_not_mix_with_an_old_one(open_run):
-    """Neither are its early steps passed over silently, nor does it push out the old one's."""
+    """Neither are its early steps passed over silently (orbax#527), nor does it push out the old one's."""
     saved(open_run(), 100)
     run = open_run(keep_last=1)
     with pytest.raises(
@@ -449,6 +490,7 @@ def test_going_on_from_an_earlier_step_sets_later_ones_aside(open_run, model):
 
 
 def test_steps_are_looked_up_and_not_remembered(open_run, model):
+    """maxtext#5260: a cache of steps held one whose save had failed."""
     run, other = open_run(), open_run()
     saved(run, 1)
     assert other.steps() == [1]
@@ -513,6 +555,29 @@ def test_a_step_that_cannot_be_removed_does_not_stop_the_run(open_run, monkeypat
     assert "an old checkpoint could not be removed: is busy" in caplog.text
     saved(run, 3)
     assert run.steps() == [3]
+
+
+def test_others_wait_long_for_a_slow_disk_but_not_until_old_steps_are_gone(open_run, monkeypatch):
+    """Orbax's 300 seconds would have them fail for a step that was saved."""
+    run = open_run(keep_last=1)
+    saved(run, 1)
+    seen = []
+
+    async def barrier(key, *, operation_id, timeout=300):
+        seen.append((timeout, run.steps()))
+
+    original = Checkpoints._agreed
+
+    def agreed(self, *arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(module.jax, "process_count", lambda: 2)
+            patch.setattr(module.ocp.multihost, "sync_global_processes", barrier)
+            original(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "_agreed", agreed)
+    saved(run, 2)
+    assert seen == [(3600, [1, 2])]
+    assert run.steps() == [2]
 
 
 def test_remains_of_a_crash_are_removed_and_nothing_else(open_run, model):
@@ -610,7 +675,23 @@ run = Checkpoints(sys.argv[3], sys.argv[4], keep_last=1)
 for step in (1, 2):
     run.save(step, {"params": placed(values + step, split), "step": placed(np.int32(step), whole)}, {"step": step})
 run.wait()
-assert run.steps() == [2]
+assert run.latest() == 2
+
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+if jax.process_index() == 0:
+    commit, Checkpoints._commit = Checkpoints._commit, full
+try:
+    run.save(2, {"params": placed(values, split), "step": placed(np.int32(0), whole)})
+    run.wait()
+except OSError as error:
+    assert "step 2 could not be saved" in str(error)
+else:
+    print("this process takes the step for replaced, as if the first one had not failed", file=sys.stderr, flush=True)
+    os._exit(1)  # which waits for no other process
+if jax.process_index() == 0:
+    Checkpoints._commit = commit
 run.verify(2)
 state, extra = run.restore(2, {
     "params": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=split),

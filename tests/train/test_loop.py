@@ -93,7 +93,10 @@ def test_goes_back_and_passes_over_the_data(poisoned, tmp_path):
 
 @pytest.mark.parametrize("stop", [8, 10])
 def test_windows_survive_a_restart(stop, poisoned, tmp_path):
-    """Also the loop that is killed before it saved anything behind the window, or asked to stop as it goes back."""
+    """Also the loop that is killed before it saved anything behind the window, or asked to stop as it goes back.
+
+    NVIDIA-NeMo's RL#3599: a counter of steps was taken for the place in the stream, and prompts were left out.
+    """
     whole, folder = tmp_path / "whole", tmp_path / "run"
     seen = poisoned({5, 6, 7}, whole)
     taken = []
@@ -114,6 +117,7 @@ def test_windows_survive_a_restart(stop, poisoned, tmp_path):
 
 
 def test_killed_behind_a_rollback(poisoned, tmp_path):
+    """As RL#3599, where no checkpoint knows yet that the place in the stream is not the step."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     seen = poisoned({5, 6, 7}, whole)
     with pytest.raises(Crash):
@@ -121,6 +125,43 @@ def test_killed_behind_a_rollback(poisoned, tmp_path):
     again = poisoned({5, 6, 7}, folder)
     assert again.batches == seen.batches[-8:]
     assert digests(folder, 12) == digests(whole, 12)
+
+
+def test_goes_back_in_this_run_only(poisoned, tmp_path):
+    """Not forward, to what a run had that was abandoned by --resume."""
+    folder = tmp_path / "run"
+    poisoned({}, folder)
+    seen = poisoned({5, 6, 7}, folder, "--resume", 4)
+    (event,) = events(folder, "rollback")
+    assert (event["step"], event["to"]) == (8, 4)
+    assert seen.status == 0 and [step for step, _ in seen.batches] == [*range(5, 9), *range(5, 13)]
+
+
+class SameRows(RandomRows):
+    """Of one token again and again."""
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return row._replace(tokens=row.tokens * 0, targets=np.minimum(row.targets, 0))
+
+
+def test_another_phase_is_no_spike(train_run, tmp_path):
+    """Its losses are measured against its own; so they are where a run goes on from its beginning."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+
+    def run(out, **others):
+        run = train_run.run(out, "--spikes", 3, "--save-every", 70, "--log-every", 1)
+        run = dataclasses.replace(run, phases=(Phase(70), Phase(4)))
+        rows = lambda number, phase: (SameRows, RandomRows)[number](phase.seq)  # noqa: E731
+        return train_run(out, run=run, rows=rows, **others)
+
+    assert run(whole).status == 0 and not events(whole, "skip")
+    losses = [record["loss"] for record in curves(whole).values()]
+    assert losses[70] > 10 * losses[69], "or nothing leapt up"
+    with pytest.raises(Crash):
+        run(folder, before=crash_at(72))
+    assert [step for step, _ in run(folder).batches] == [71, 72, 73, 74]
+    assert digests(folder, 74) == digests(whole, 74)
 
 
 def test_one_window_behind_another(poisoned, tmp_path):
@@ -204,7 +245,7 @@ import os, signal, sys, time
 from train.stopping import watch_for_stop
 with watch_for_stop() as stop:
     os.kill(os.getpid(), signal.{first})
-    assert stop.seen(1)
+    assert stop.seen()
     print("asked", flush=True)
     os.kill(os.getpid(), signal.{second})
     time.sleep(60)

@@ -10,9 +10,11 @@ from convert import load_checkpoint
 from qwen2_jax.model import abstract_params, stack_layers
 from tests.sharding.models import MOE
 from train.loss import next_token_targets
+from train.objective import Step
 from train.optimizer import adamw, decays, sgd
+from train.pretraining import Batch
 from train.schedule import LearningRate
-from train.step import Batch, Step, make_train_step, new_state
+from train.step import make_train_step, new_state
 
 UPDATES = 200
 

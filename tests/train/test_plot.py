@@ -1,5 +1,6 @@
 """The picture shows what counts of each run, at the size it should have; what cannot be drawn is one clear line."""
 
+import json
 import struct
 
 import numpy as np
@@ -71,6 +72,14 @@ def test_gaps():
     assert not figure.axes[2].lines, "there was no learning rate"
 
 
+def test_validation():
+    steps = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "validation_loss": 1.5}, {"step": 3, "loss": 0.5}]
+    figure = draw({"run": History(steps, [])})
+    _, held_out = figure.axes[0].lines
+    assert held_out.get_xydata().tolist() == [[2, 1.5]] and held_out.get_label() == "run, validation"
+    assert figure.axes[0].get_legend() is not None
+
+
 def test_smoothing():
     values = np.asarray([1.0, 2.0, 6.0, np.nan, 10.0])
     assert np.array_equal(smoothed(values, 1), values, equal_nan=True)
@@ -89,6 +98,9 @@ def test_picture(tmp_path, capsys):
     said = [f"{runs[0]}: 2 intervals, to step 20", f"{runs[1]}: 2 intervals, to step 20", f"{out} is drawn"]
     assert capsys.readouterr().out.splitlines() == said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["$b$^", "a", "picture"]
+    assert run(Plot(runs, out, json=True)) == 0
+    told = [{"run": str(folder), "intervals": 2, "step": 20} for folder in runs]
+    assert json.loads(capsys.readouterr().out) == {"out": str(out), "runs": told}
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ from convert import load_checkpoint
 from qwen2_jax.model import stack_layers
 from tests.oracles import huggingface
 from train.loss import IGNORE, next_token_targets
+from train.objective import Step
 from train.pretraining import Batch, Pretraining
-from train.step import Step, loss_and_gradients
+from train.step import loss_and_gradients
 
 pytestmark = pytest.mark.torch
 

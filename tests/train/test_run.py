@@ -135,6 +135,27 @@ def test_wrong_files(text, message, write):
         read_run([write(text)])
 
 
+def test_folders_at_home(write, monkeypatch):
+    """No shell replaces the ~ of a file."""
+    monkeypatch.setenv("HOME", "/home/me")
+    run = read_run([write("out: ~/runs/a\ncache: ~/tokens\ncompilation_cache: ~/programs")])
+    assert (str(run.out), str(run.text.cache)) == ("/home/me/runs/a", "/home/me/tokens")
+    assert run.compute.compilation_cache == "/home/me/programs"
+    run = read_run(["--out=~/b", "--compilation-cache", "gs://bucket/programs"])
+    assert str(run.out) == "/home/me/b" and run.text.cache is None
+    assert run.compute.compilation_cache == "gs://bucket/programs"
+    with pytest.raises(ValueError, match="~nobody-here/a: there is no such user"):
+        read_run(["--out", "~nobody-here/a"])
+
+
+@pytest.mark.parametrize("out", ["gs://bucket/run", "s3://bucket/run"])
+def test_a_run_needs_a_folder(out, write):
+    message = f"--out {out}: a run needs a folder that all its processes see; mount the bucket"
+    for argv in (["--out", out], [write(f"out: {out}")]):
+        with pytest.raises(ValueError, match=message):
+            read_run(argv)
+
+
 def test_files_that_are_not_there():
     with pytest.raises(ValueError, match="qwen2-7b-v5p is neither a run file .* nor a preset; .* qwen2-7b-v5p-4x4x4"):
         read_run(["qwen2-7b-v5p"])
@@ -165,6 +186,16 @@ def test_files_that_are_not_there():
         ("--save-every 0", "--save-every must be 1 or more, got 0"),
         ("--keep-last 0", "--keep-last must be 1 or more, got 0"),
         ("--keep-every 0", "--keep-every must be 1 or more, got 0"),
+        (
+            "--keep-every 1200 --save-every 500",
+            "--keep-every 1200 is no multiple of --save-every 500, so that not all of those steps are saved; change "
+            "either, as to --keep-every 1500",
+        ),
+        (
+            "--keep-every 250",  # beside the default
+            "--keep-every 250 is no multiple of --save-every 500, so that not all of those steps are saved; change "
+            "either, as to --keep-every 500",
+        ),
         ("--max-skips 0", "--max-skips must be 1 or more, got 0"),
         ("--max-rollbacks -1", "--max-rollbacks must be 0 or more, got -1"),
         ("--spikes 0", "--spikes must be more than 0, got 0.0"),
@@ -178,6 +209,15 @@ def test_files_that_are_not_there():
 def test_wrong_flags(flags, message, capsys):
     assert main(["pretrain", *flags.split()]) == 2
     assert capsys.readouterr().err == f"qwen2-jax: error: {message}\n"
+
+
+def test_processes_part_when_all_are_through(monkeypatch, tmp_path):
+    done = []
+    monkeypatch.setattr("sharding.processes.join_processes", lambda *_: done.append("join"))
+    monkeypatch.setattr("train.training.train", lambda *_: done.append("train") or 75)
+    monkeypatch.setattr("sharding.processes.leave_processes", lambda: done.append("leave"))
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--data", "text"]) == 75
+    assert done == ["join", "train", "leave"]
 
 
 def test_help_explains_every_option(monkeypatch):

@@ -21,7 +21,7 @@ def oracle(options: LearningRate) -> np.ndarray:
             factor = options.final + (1 - options.final) * 0.5 * (1 + np.cos(np.pi * done))
         elif options.kind == "wsd" and n > UPDATES - options.decay:
             done = min(1, (n - (UPDATES - options.decay)) / options.decay)
-            factor = options.final + (1 - options.final) * (1 - (done if options.linear else np.sqrt(done)))
+            factor = options.final + (1 - options.final) * (1 - np.sqrt(done))
         else:
             factor = 1.0
         rates.append(options.peak * factor)
@@ -35,7 +35,7 @@ def oracle(options: LearningRate) -> np.ndarray:
         LearningRate(7e-5, warm_up=40, final=0.0),
         LearningRate(1e-3, warm_up=UPDATES),
         LearningRate(2e-4, "wsd", warm_up=17, decay=100, final=0.0),
-        LearningRate(2e-4, "wsd", warm_up=900, decay=100, final=0.02, linear=True),
+        LearningRate(2e-4, "wsd", warm_up=900, decay=100, final=0.02),
         LearningRate(3e-4, "constant", warm_up=10),
         LearningRate(3e-4, "constant"),
     ],

@@ -15,11 +15,10 @@ from qwen2_jax.remat import REMAT_POLICIES
 from sharding import batch_sharding, make_mesh, run_options
 from tests.sharding.models import DENSE, MOE, batch, parameters
 from train import next_token_loss, next_token_targets
+from train.objective import Step
 from train.optimizer import adamw
-from train.pretraining import Pretraining
+from train.pretraining import Batch, Pretraining
 from train.step import (
-    Batch,
-    Step,
     TrainState,
     abstract_state,
     init_state,

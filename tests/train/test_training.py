@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
+from convert import folder as folders
 from convert.load import load_checkpoint
 from convert.step_folder import read_manifest
 from qwen2_jax.command import exit_code
-from tests.train.runs import Crash, RandomRows, Runner, crash_at, curves, digests, events
+from tests.train.runs import BATCH, Crash, RandomRows, Runner, crash_at, curves, digests, events
 from train.checkpoints import Checkpoints
 from train.loop import Loop
 from train.pretraining import Pretraining
@@ -23,7 +24,7 @@ from train.run import Phase
 from train.run_folder import locked
 from train.stopping import STOPPED
 from train.text import rows_of_text
-from train.training import train
+from train.training import tokenizer_of, train
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,7 @@ def test_the_folder_says_what_it_was(undisturbed, model):
 
 @pytest.mark.parametrize("stop", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 9, 12))])
 def test_a_crash_at_any_step(stop, train_run, undisturbed, tmp_path):
+    """maxtext#2824: weights were resumed, and the data began anew."""
     folder, whole = undisturbed
     with pytest.raises(Crash):
         train_run(tmp_path / "run", before=crash_at(stop))
@@ -74,6 +76,18 @@ def test_a_crash_at_any_step(stop, train_run, undisturbed, tmp_path):
     assert {**dict(first), **dict(seen.batches)} == dict(whole.batches)  # and no batch is taken twice, or left out
     assert [step for step, _ in seen.batches] == [*range(seen.batches[0][0], 13)]
     assert_equal_runs(tmp_path / "run", folder)
+
+
+def test_a_crash_under_accumulation(train_run, tmp_path):
+    """tunix#2290: a resume counted iterations instead of what they had consumed, and data was left out."""
+    flags = ("--batch", 2 * BATCH, "--accumulate", 2)
+    whole = train_run(tmp_path / "whole", *flags)
+    assert whole.batches == [(step, step - 1) for step in range(1, 13)]
+    with pytest.raises(Crash):
+        train_run(tmp_path / "run", *flags, before=crash_at(7))
+    seen = train_run(tmp_path / "run", *flags)
+    assert train_run.seen.batches == whole.batches[4:] == seen.batches
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -91,7 +105,8 @@ def test_a_signal(number, train_run, undisturbed, tmp_path):
 
 
 def test_moments_and_rate_go_on(train_run, tmp_path):
-    """A resume that loses them looks plausible: so the checkpoint it leaves is compared with what it went on from."""
+    """A resume that loses them looks plausible (Automodel#763 of NVIDIA-NeMo lost the moments, KempnerForge#115 the
+    rate): so the state that a run begins with is looked at."""
     train_run(tmp_path / "run", before=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 7 else None)
     with pytest.raises(Crash):
         train_run(tmp_path / "run", before=crash_at(8))
@@ -128,6 +143,7 @@ def test_another_mesh(train_run, undisturbed, tmp_path):
 
 
 def test_resume_never(train_run, undisturbed, tmp_path):
+    """orbax#527: a run from step 0 in an old folder did not save its early steps, and did not say so."""
     folder, _ = undisturbed
     before = sorted(path.name for path in (folder / "checkpoints").iterdir())
     with pytest.raises(ValueError, match="holds step 12 of a run already; choose another --out, or --resume auto"):
@@ -162,6 +178,8 @@ def test_a_run_that_is_complete(train_run, undisturbed, capsys, tmp_path):
     seen = train_run(folder)
     assert seen.status == 0 and not seen.batches
     assert capsys.readouterr().out == f"{folder} is complete: step 12 of 12 is saved, and was read back\n"
+    assert train_run(folder, "--json").status == 0
+    assert json.loads(capsys.readouterr().out) == {"event": "finished", "step": 12}
     assert (folder / "metrics.jsonl").read_text() == lines
     with pytest.raises(ValueError, match="is at step 12 already, and asked for are 10 in all"):
         train_run(folder, "--steps", 10)
@@ -207,7 +225,10 @@ def take_the_folder_away(folder):
 
 @pytest.mark.parametrize("trouble", [fill_the_disk, take_the_folder_away])
 def test_what_cannot_be_saved(trouble, train_run, undisturbed, tmp_path, capsys):
-    """The run ends within an interval, with one line, and goes on from the checkpoint before."""
+    """The run ends within an interval, with one line, and goes on from the checkpoint before.
+
+    orbax#605: the run went on as if nothing had happened. keras#23609: a run whose last save failed was a success.
+    """
     folder = tmp_path / "run"
     with contextlib.ExitStack() as later:
 
@@ -218,8 +239,8 @@ def test_what_cannot_be_saved(trouble, train_run, undisturbed, tmp_path, capsys)
 
         original = Loop.__init__
 
-        def init(loop, *arguments):
-            original(loop, *arguments)
+        def init(loop, *arguments, **named):
+            original(loop, *arguments, **named)
             later.run = loop._checkpoints
 
         with pytest.MonkeyPatch.context() as patch:
@@ -248,7 +269,8 @@ def test_a_folder_that_cannot_be_made(train_run, tmp_path):
         ("--model= --init=", "name the model by --model"),
         ("--init {model}", "name the model by --model .* or by --init .*, not by both"),
         ("--model qwen3-1b", "unknown model|qwen3-1b"),
-        ("--tokenizer /nowhere", "/nowhere holds no tokenizer"),
+        ("--tokenizer /nowhere", "there is no folder /nowhere; for a model of the Hugging Face hub write owner/name"),
+        ("--tokenizer {folder}", "holds no tokenizer; --tokenizer names a folder with tokenizer.json, or a hub id"),
         ("--batch 12 --accumulate 5", "a batch of 12 rows does not divide into 5 parts"),
         ("--batch 12", "a batch of 12 rows does not divide over data x fsdp x expert = 8"),
         ("--mesh context=8 --batch 1 --seq 24", "24 tokens do not divide over context=8"),
@@ -264,7 +286,8 @@ def test_a_folder_that_cannot_be_made(train_run, tmp_path):
     ],
 )
 def test_refuses_before_compiling(flags, message, train_run, tmp_path, monkeypatch):
-    flags = flags.format(model=train_run.model).split()
+    (tmp_path / "README.md").write_text("of a model")  # which a checkpoint would carry along
+    flags = flags.format(model=train_run.model, folder=tmp_path).split()
     run = train_run.run(tmp_path / "run", *flags)
     if flags[0] == "--model=":
         run = dataclasses.replace(run, start=dataclasses.replace(run.start, model=None, init=None))
@@ -303,6 +326,24 @@ def test_begins_with_the_weights_of_another_run(train_run, undisturbed, tmp_path
     assert (tmp_path / "run/checkpoints/00000000/tokenizer.json").exists()
 
 
+def test_a_tokenizer_of_the_hub(train_run, tmp_path, monkeypatch):
+    """Downloaded, without the weights beside it; and that of --init where none is named."""
+    asked = []
+
+    def download(name, weights):
+        asked.append((name, weights))
+        return train_run.model
+
+    monkeypatch.setattr(folders, "_downloaded", download)
+    run = train_run.run(tmp_path / "run", "--tokenizer", "Qwen/Qwen2-0.5B")
+    assert tokenizer_of(run) == train_run.model
+    start = dataclasses.replace(run.start, tokenizer=None, model=None, init="Qwen/Qwen2-1.5B")
+    assert tokenizer_of(dataclasses.replace(run, start=start)) == train_run.model
+    assert asked == [("Qwen/Qwen2-0.5B", "none"), ("Qwen/Qwen2-1.5B", "none")]
+    with pytest.raises(ValueError, match="--tokenizer is missing: name a folder with tokenizer.json, or a hub id"):
+        tokenizer_of(dataclasses.replace(run, start=dataclasses.replace(start, init=None)))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -317,7 +358,7 @@ def test_refuses_without_data(flags, message, train_run, tmp_path):
 
 
 def test_text_becomes_rows(train_run, model, tmp_path):
-    """Phases begin with different documents, weights and all; what was tokenised is found again."""
+    """Phases begin with different documents, weights and all; what was tokenized is found again."""
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("".join(f"{name}{number} " for number in range(500)))
     run = train_run.run(tmp_path / "run", "--data", tmp_path / "a.txt", tmp_path / "b.txt", "--weights", 3, 1)
@@ -339,6 +380,25 @@ def test_text_becomes_rows(train_run, model, tmp_path):
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
     run = train_run.run(tmp_path / "run", "--data", stores[0], "--weights", 1, "--tokenizer", tmp_path / "other")
     with pytest.raises(ValueError, match="holds tokens of another tokenizer than"):
+        rows_of_text(run)(0, run.stretches[0])
+
+
+def test_damaged_records_are_named(train_run, tmp_path, capsys, monkeypatch):
+    """As `train tokenize` does; by one process, and by every start, for it is what the run learns from."""
+    lines = [*('{"text": "again and again"}' for _ in range(100)), *("broken" for _ in range(5))]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    run = train_run.run(tmp_path / "run", "--data", tmp_path / "a.jsonl")
+    for process in (0, 0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        rows_of_text(run)(0, run.stretches[0])
+        told = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+        assert len(told) == (4 if process == 0 else 0)
+        for line, number in zip(told, (101, 102, 103), strict=False):
+            assert line.startswith(f"qwen2-jax: warning: skipped {tmp_path}/a.jsonl, line {number}: not JSON")
+        assert not told or "skipped 2 more bad records (see " in told[-1]
+    run = train_run.run(tmp_path / "run", "--data", tmp_path / "a.jsonl", "--max-bad-records", 4)
+    run = dataclasses.replace(run, text=dataclasses.replace(run.text, cache=tmp_path / "other"))
+    with pytest.raises(ValueError, match="5 bad records, more than the 4 that --max-bad-records allows"):
         rows_of_text(run)(0, run.stretches[0])
 
 

@@ -1,7 +1,9 @@
 """A run of several processes sees the batches of a run of one, and is stopped by a signal to whichever of them."""
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +17,9 @@ from tests.train.runs import OPTIONS, curves, events
 SCRIPT = Path(__file__).parent / "run_two_processes.py"
 
 
-def start(folder, model, processes, stop=0, stopped=0):
-    """Runs to the end; what each process printed, and its exit status. `stopped`: the one that gets the signal."""
+def start(folder, model, processes, *more, stop=0, stopped=0):
+    """Runs to the end; what each process printed, and its exit status. `more`: flags; `stopped`: the process that gets
+    the signal."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -26,7 +29,7 @@ def start(folder, model, processes, stop=0, stopped=0):
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(SCRIPT.parents[2]),
     }
-    flags = ["--out", folder, "--model", model, "--tokenizer", model, *OPTIONS, "--log-every", 1]
+    flags = ["--out", folder, "--model", model, "--tokenizer", model, *OPTIONS, "--log-every", 1, *more]
     runs = []
     for process in range(processes):
         join = ["--coordinator", address, "--processes", processes, "--process", process] if processes > 1 else []
@@ -54,6 +57,7 @@ def same_losses(folder, other):
 
 @pytest.mark.slow
 def test_processes(model, tmp_path):
+    """maxtext#2824: weights were resumed, and the data began anew. That it goes on is seen by the batches' contents."""
     one = start(tmp_path / "one", model, 1)
     assert one[0][2] == 0, one[0][1][-2000:]
     expected = batches(one[0][0])
@@ -78,3 +82,33 @@ def test_processes(model, tmp_path):
     assert [status for *_, status in four] == [0] * 4, four[0][1][-2000:]
     assert all(batches(out) == expected for out, *_ in four)
     same_losses(tmp_path / "four", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_processes_share_the_tokens_of_their_text(model, tmp_path):
+    """Both come upon text that is not tokenized yet: one of them makes the tokens, and both read the same."""
+    (tmp_path / "prose").mkdir()
+    for page in sorted((SCRIPT.parents[2] / "docs").glob("*.md")):
+        shutil.copy(page, tmp_path / "prose")
+    with (tmp_path / "code.jsonl").open("w") as file:
+        for module in sorted((SCRIPT.parents[2] / "train").glob("*.py")):
+            file.write(json.dumps({"text": module.read_text()}) + "\n")
+    flags = ("--data", tmp_path / "prose", tmp_path / "code.jsonl", "--weights", 2, 1)
+
+    ((out, errors, status),) = start(tmp_path / "one", model, 1, *flags)
+    assert status == 0, errors[-2000:]
+    expected = batches(out)
+    assert len(set(expected.values())) == 12
+
+    stopped = start(tmp_path / "two", model, 2, *flags, stop=6, stopped=0)
+    assert [status for *_, status in stopped] == [75, 75], stopped[0][1][-2000:] + stopped[1][1][-2000:]
+    taken = [batches(out) for out, *_ in stopped]
+    last = max(taken[0])
+    assert taken[0] == taken[1] == {step: expected[step] for step in range(1, last + 1)}
+    stores = [sorted(path.name for path in (tmp_path / name / "tokens").iterdir()) for name in ("one", "two")]
+    assert stores[0] == stores[1] and len(stores[0]) == 2  # nothing unfinished, nothing made twice
+
+    ((out, errors, status),) = start(tmp_path / "two", model, 1, *flags)
+    assert status == 0, errors[-2000:]
+    assert batches(out) == {step: expected[step] for step in range(last + 1, 13)}
+    same_losses(tmp_path / "two", tmp_path / "one")

@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from sharding.rules import batch_sharding
 from train.data.packing import Row, Rows
-from train.step import Batch
+from train.pretraining import Batch
 
 
 class Batches:
     """Batch i holds the rows i * A * B up to (i + 1) * A * B.
 
     Attributes:
-      waited: seconds that `stream`s have kept their readers waiting, in all.
+      waited: seconds that `stream`s have kept idle devices waiting, in all.
     """
 
     def __init__(self, rows: Rows, shape: Sequence[int], mesh: Mesh | None = None, depth: int = 2):
@@ -40,6 +40,11 @@ class Batches:
             self._sharding = NamedSharding(mesh, PartitionSpec(*(None,) * (len(self.shape) - 2), *spec))
         self.waited = 0.0
 
+    @property
+    def digest(self) -> str:
+        """Of the text, as of `Rows`."""
+        return self._rows.digest
+
     def at(self, index: int) -> Batch:
         """Batch `index`, as global arrays, int32. Each process reads only the rows of its own devices."""
         rows: dict[int, Row] = {}
@@ -58,9 +63,14 @@ class Batches:
         tokens, targets, segment_ids, positions = map(array, range(4))
         return Batch(tokens=tokens, targets=targets, segment_ids=segment_ids, positions=positions)
 
-    def stream(self, first: int = 0) -> "Stream":
-        """Batches from number `first` on, without an end, made ahead from this call on."""
-        return Stream(self, first, self._depth)
+    def stream(self, first: int = 0, idle: Callable[[], object] = lambda: None) -> "Stream":
+        """Batches from number `first` on, without an end, made ahead from this call on.
+
+        Args:
+          idle: returns once the devices have nothing left to do; called where a batch is not there yet, so that waiting
+            while they are at work does not count as `waited`.
+        """
+        return Stream(self, first, self._depth, idle)
 
     def _row(self, rows: dict[int, Row], number: int) -> Row:
         if number not in rows:
@@ -75,8 +85,8 @@ class Stream(Iterator[tuple[int, Batch]]):
     What goes wrong in the thread is raised where the batch was to be had.
     """
 
-    def __init__(self, batches: Batches, first: int, depth: int):
-        self._batches = batches
+    def __init__(self, batches: Batches, first: int, depth: int, idle: Callable[[], object]):
+        self._batches, self._idle = batches, idle
         self._made: queue.Queue[tuple[int, Batch] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -89,15 +99,20 @@ class Stream(Iterator[tuple[int, Batch]]):
     def __next__(self) -> tuple[int, Batch]:
         """
         Raises:
-          ValueError: if the stream is closed; also whatever making the batch raised, now and ever after.
+          ValueError: if the stream is closed; also whatever making the batch raised, now and ever after, and what
+            `idle` raises.
         """
         if self._error is not None:
             raise self._error
         if self._stop.is_set():
             raise ValueError("the stream of batches is closed")
-        begin = time.perf_counter()
-        made = self._made.get()
-        self._batches.waited += time.perf_counter() - begin
+        try:
+            made = self._made.get_nowait()
+        except queue.Empty:
+            self._idle()
+            begin = time.perf_counter()
+            made = self._made.get()
+            self._batches.waited += time.perf_counter() - begin
         if isinstance(made, BaseException):
             self._error = made
             raise made

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.files import sync
+from convert.files import write_whole
 from qwen2_jax.tokenizer import Tokenizer
 from train.data.readers import Bad, Part, read
 from train.data.store import token_dtype, tokens_file
@@ -134,30 +134,13 @@ class Encoder:
 
 
 def lengths_file(folder: Path, number: int) -> Path:
+    """How many tokens each document of a part has, in unfinished work: little-endian uint64."""
     return folder / PARTS / f"{number:06d}.lengths"
 
 
 def receipt_file(folder: Path, number: int) -> Path:
+    """What a part came to, as JSON, in unfinished work; written last, so a part that has one is whole."""
     return folder / PARTS / f"{number:06d}.json"
-
-
-def write_whole(path: Path, content: bytes, through: Path) -> None:
-    """A file that is there with all its content, or not at all, after a crash too.
-
-    Args:
-      through: a folder, of the same file system, where a crash may leave a part of it.
-
-    Raises:
-      OSError: if it cannot be written.
-    """
-    beside = through / f"{path.name}.{os.getpid()}"
-    try:
-        beside.write_bytes(content)
-        sync(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

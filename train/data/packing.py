@@ -44,6 +44,11 @@ class Rows(Protocol):
         """Row `index`, from 0 on: the same whenever, wherever and in whatever order it is asked for."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """Of the text that the rows are cut from: equal for equal text, wherever it lies."""
+        ...
+
 
 def packed_rows(sources: Sequence[Source], seq: int, seed: int) -> Rows:
     """Rows of `seq` tokens, from each source in proportion to its weight.
@@ -78,6 +83,10 @@ class PackedRows:
         # By content, so that neither a source's path nor the others in a mixture matter to its order.
         self._key = seed, int(store.digest[:16], 16)
         self._order = functools.lru_cache(2)(lambda epoch: Order(store, *self._key, epoch))
+
+    @property
+    def digest(self) -> str:
+        return self._store.digest
 
     def __getitem__(self, index: int) -> Row:
         pieces, lengths = [], []
@@ -147,6 +156,10 @@ class Mixture:
         """Rows of each source in 10,000."""
         self._ends = [*itertools.accumulate(self.shares)]
         self._shuffle = functools.lru_cache(8)(lambda block: Permutation(_SHARES, _MIXTURE, seed, block))
+
+    @property
+    def digest(self) -> str:
+        return " ".join(source.digest for source in self._sources)
 
     def __getitem__(self, index: int) -> Row:
         source, number = self.origin(index)

@@ -1,11 +1,15 @@
 """The documents of files, part by part: a text for each record, or what is wrong with it."""
 
 import contextlib
+import errno
+import functools
 import gzip
 import io
 import json
+import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from convert.files import shown
@@ -15,6 +19,11 @@ from train.data.files import DataFile
 LONGEST_LINE = 256 << 20
 """Bytes of a line of jsonl; a longer one is bad, and is never held in memory whole."""
 
+MAX_BAD_RECORDS = 100
+"""Records of a source that may be bad, unless asked otherwise."""
+
+_ARROW_FILE = b"ARROW1\0\0"
+"""What Arrow files begin with; a stream follows."""
 _ROWS = 512  # of a table that are in memory at a time
 
 
@@ -54,6 +63,7 @@ def plan(files: Sequence[DataFile], field: str, part_size: int) -> list[Part]:
 
     Raises:
       ValueError: if a table has no such column, or not of text; if what reads a kind of file is not installed.
+      OSError: if a file cannot be opened or read, which says nothing of what is in it.
     """
     parts: list[Part] = []
     texts: list[DataFile] = []
@@ -69,7 +79,11 @@ def plan(files: Sequence[DataFile], field: str, part_size: int) -> list[Part]:
 
 
 def read(part: Part, field: str) -> Iterator[str | Bad]:
-    """The documents of a part, and its bad records, in order. Raises OSError for a file that cannot be opened."""
+    """The documents of a part, and its bad records, in order.
+
+    Raises:
+      OSError: if the file cannot be opened or read, which says nothing of what is in it.
+    """
     if part.files[0].kind == "text":
         return map(_whole, part.files)
     reader = {"jsonl": _lines, "parquet": _parquet, "arrow": _arrow, "array_record": _array_record}
@@ -108,7 +122,8 @@ def _count(file: DataFile, field: str) -> int:
         with _open_arrow(file) as reader:
             _check_column(file, reader.schema, field)
             return getattr(reader, "num_record_batches", 0)
-    except _damages():
+    except _damages() as error:
+        _check_readable(error, file.path)
         return 0
 
 
@@ -220,11 +235,15 @@ def _parquet(part: Part, field: str) -> Iterator[str | Bad]:
         table = _parquet_file(part.files[0])
         rows = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
     except _damages() as error:
-        yield Bad(path, "", 0, f"cannot be read as parquet: {error}")
+        yield _whole_file(path, "parquet", error)
         return
     for group in range(part.begin, part.end):
         batches = table.iter_batches(_ROWS, row_groups=[group], columns=[field], use_threads=False)
-        yield from _rows(batches, field, path, f"row group {group + 1}, row", rows[group])
+
+        def known(rows: int = rows[group]) -> tuple[int, bool]:
+            return rows, True
+
+        yield from _rows(batches, field, path, f"row group {group + 1}, row", known)
 
 
 def _arrow(part: Part, field: str) -> Iterator[str | Bad]:
@@ -232,32 +251,76 @@ def _arrow(part: Part, field: str) -> Iterator[str | Bad]:
     try:
         with _open_arrow(part.files[0]) as reader:
             if part.end < 0:  # a stream, read in order
-                yield from _rows(reader, field, path, "row", 1)
+                yield from _rows(reader, field, path, "row", lambda: _arrow_rows(path, 0, None))
                 return
             for number in range(part.begin, part.end):
                 batch = (reader.get_batch(n) for n in (number,))
-                yield from _rows(batch, field, path, f"record batch {number + 1}, row", 1)
+                count = functools.partial(_arrow_rows, path, number, number + 1)
+                yield from _rows(batch, field, path, f"record batch {number + 1}, row", count)
     except _damages() as error:
-        yield Bad(path, "", 0, f"cannot be read as Arrow: {error}")
+        yield _whole_file(path, "Arrow", error)
 
 
-def _rows(batches: Iterable[Any], field: str, path: str, where: str, expected: int) -> Iterator[str | Bad]:
-    """The texts of a column; `expected` rows are lost, less those that were read, if the rest is damaged."""
+def _arrow_rows(path: str, begin: int, end: int | None) -> tuple[int, bool]:
+    """Rows of some of the record batches, as the messages around them say, and whether those could all be read.
+
+    Reads none of the columns, so that damage in them does no harm.
+    """
     import pyarrow
 
+    counts: list[int] = []
+    with pyarrow.memory_map(path) as memory:
+        if memory.read(len(_ARROW_FILE)) != _ARROW_FILE:
+            memory.seek(0)
+        try:
+            for message in pyarrow.ipc.MessageReader.open_stream(memory):
+                if message.type == "record batch":
+                    counts.append(pyarrow.ipc.read_record_batch(message, pyarrow.schema([])).num_rows)
+                if len(counts) == end:
+                    break
+        except _damages() as error:
+            _check_readable(error, path)
+            return sum(counts[begin:]), False
+    return sum(counts[begin:]), True
+
+
+def _rows(
+    batches: Iterable[Any], field: str, path: str, where: str, expected: Callable[[], tuple[int, bool]]
+) -> Iterator[str | Bad]:
+    """The texts of a column, up to what is damaged.
+
+    Args:
+      expected: asked only then: how many rows there are, damaged or not, and whether there are no more for certain.
+    """
     number = 0
     try:
         for batch in batches:
-            column = batch.column(field)
-            if pyarrow.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            # As bytes, lest one bad text spoil the batch.
-            for item in column.cast(pyarrow.large_binary()):
+            for item in _as_bytes(batch.column(field)):
                 number += 1
                 yield _checked(item.as_py(), field, path, where, number)
     except _damages() as error:
-        lost = max(1, expected - number)
-        yield Bad(path, where, number + 1, f"from here on it cannot be read: {error}", lost)
+        _check_readable(error, path)
+        rows, certain = expected()
+        lost = max(1, rows - number)
+        unknown = "" if certain else f", and how many rows that loses is not known ({lost} counted)"
+        yield Bad(path, where, number + 1, f"from here on it cannot be read{unknown}: {error}", lost)
+
+
+def _as_bytes(column: Any) -> Any:
+    """A column of text, not decoded, lest one bad text spoil a batch.
+
+    Raises:
+      ArrowInvalid: if it is damaged; pyarrow by itself reads wherever damaged offsets point to, and may crash.
+    """
+    import pyarrow
+
+    column.validate()
+    if pyarrow.types.is_dictionary(column.type):
+        words = _as_bytes(column.dictionary)
+        return pyarrow.DictionaryArray.from_arrays(column.indices, words).dictionary_decode()
+    column = column.cast(pyarrow.large_binary())
+    column.validate(full=True)
+    return column
 
 
 def _array_record(part: Part, field: str) -> Iterator[str | Bad]:
@@ -269,22 +332,39 @@ def _array_record(part: Part, field: str) -> Iterator[str | Bad]:
                 try:
                     record = source[number]
                 except _damages() as error:
+                    _check_readable(error, path)
                     yield Bad(path, "record", number + 1, f"cannot be read: {error}")
                 else:
                     yield _text_of(record, field, path, "record", number + 1)
             if part.end < 0 and len(source):
-                yield Bad(path, "", 0, "cannot be read as ArrayRecord")
+                yield Bad(path, "", 0, "left out as a whole, counted as one record: cannot be read as ArrayRecord")
     except _damages() as error:
-        yield Bad(path, "", 0, f"cannot be read as ArrayRecord: {error}")
+        yield _whole_file(path, "ArrayRecord", error)
+
+
+def _whole_file(path: str, kind: str, error: Exception) -> Bad:
+    _check_readable(error, path)
+    return Bad(path, "", 0, f"left out as a whole, counted as one record: cannot be read as {kind}: {error}")
+
+
+def _check_readable(error: Exception, path: str) -> None:
+    """Raises OSError if it was the system that could not open or read the file, whose content may then be sound."""
+    number = getattr(error, "errno", None)
+    # array_record says so in words only: "open() failed: Permission denied; opening FILE".
+    if type(error) is RuntimeError and (told := re.search(r"\w\(\) failed: ([^;]+)", str(error))):
+        number = next((known for known in errno.errorcode if os.strerror(known) == told[1]), None)
+    if number:
+        raise OSError(number, os.strerror(number), path) from error
 
 
 def _damages() -> tuple[type[Exception], ...]:
-    """What the libraries raise for damaged files."""
+    """What the libraries raise for damaged files; for those that the system cannot read, see `_check_readable`."""
     try:
         import pyarrow
     except ImportError:
         return (RuntimeError, IndexError)
-    return (pyarrow.ArrowException, OSError, RuntimeError, IndexError)
+    # UnicodeDecodeError: of names of columns.
+    return (pyarrow.ArrowException, OSError, RuntimeError, IndexError, UnicodeDecodeError)
 
 
 def _open(file: DataFile) -> Any:

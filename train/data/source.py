@@ -10,8 +10,9 @@ from convert.files import expanded, shown
 from qwen2_jax.tokenizer import Tokenizer
 from train.data.encode import Encoding, tokenizer_digest
 from train.data.files import find_files
+from train.data.readers import MAX_BAD_RECORDS
 from train.data.store import TokenStore, is_store
-from train.data.tokenize import MAX_BAD_RECORDS, task_of, tokenize
+from train.data.tokenize import Tokenized, task_of, tokenize
 
 
 class Source(NamedTuple):
@@ -31,6 +32,7 @@ def open_store(
     max_bad_records: int = MAX_BAD_RECORDS,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    report: Callable[[Tokenized], object] = lambda done: None,
 ) -> TokenStore:
     """The tokens of one source: a folder that `tokenize` made, or files, which are tokenized into a folder of `cache`.
 
@@ -41,6 +43,7 @@ def open_store(
       paths: one folder of tokens, or files, folders and globs as of `find_files`.
       how: the tokenizer, which must be that of a folder of tokens too; the rest is for files.
       cache: a folder; made if need be.
+      report: is told what became of files, by an earlier run too: how many records were skipped, and some of them.
 
     Raises:
       ValueError: as `TokenStore` and `tokenize`, or for tokens of another tokenizer.
@@ -63,7 +66,8 @@ def open_store(
         return store
     task = task_of(find_files(paths, kind), how)
     folder = expanded(cache) / hashlib.sha256(json.dumps(task).encode()).hexdigest()[:16]
-    tokenize(
+    done = tokenize(
         paths, folder, how, kind=kind, max_bad_records=max_bad_records, workers=workers, wait=True, progress=progress
     )
+    report(done)
     return TokenStore(folder)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.files import FULL, cores, expanded, shown, sync, sync_tree
+from convert.files import FULL, cores, expanded, shown, sync, sync_tree, write_whole
 from qwen2_jax.tokenizer import Tokenizer
 from train.data.encode import (
     PARTS,
@@ -25,18 +25,15 @@ from train.data.encode import (
     lengths_file,
     receipt_file,
     tokenizer_digest,
-    write_whole,
 )
 from train.data.files import DataFile, find_files
-from train.data.readers import Bad, Part, plan
+from train.data.readers import MAX_BAD_RECORDS, Bad, Part, plan
 from train.data.store import FORMAT, MANIFEST, OFFSETS, VERSION, token_dtype, tokens_file
 from train.data.worker import Worker
 from train.data.workplace import clear, complete, locked
 
 PART_SIZE = 32 << 20
 """Bytes of the sources in a part, about: what is done again after a crash, and the size of a file of tokens."""
-
-MAX_BAD_RECORDS = 100
 
 _NAMED = 1000  # bad records that the manifest describes
 

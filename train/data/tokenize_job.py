@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from convert.files import cores, shown
-from convert.progress import progress_bar
+from convert.folder import local_folder
 from qwen2_jax.command import interrupt_by_exception
+from qwen2_jax.progress import byte_progress
 from train.data.encode import Encoding
-from train.data.tokenize import MAX_BAD_RECORDS, Tokenized, tokenize
+from train.data.readers import MAX_BAD_RECORDS
+from train.data.tokenize import Tokenized, tokenize
 
 Kind = Annotated[
     Literal["jsonl", "parquet", "arrow", "array_record", "text"] | None,
@@ -31,8 +33,8 @@ class Options:
     paths: Annotated[Positional[tuple[str, ...]], arg(metavar="SRC... DST")]
     """Files, folders and globs such as 'code/**/*.py': .jsonl (also .gz, .zst), .parquet, .arrow, .array_record, or
     plain text, a document per file; a folder that Hugging Face's datasets saved. Last the folder to create."""
-    tokenizer: Annotated[str, arg(metavar="FOLDER")]
-    """Folder with the tokenizer, such as the model's."""
+    tokenizer: Annotated[str, arg(metavar="NAME|FOLDER")]
+    """Folder with the tokenizer, such as the model's, or a hub id, as Qwen/Qwen2-0.5B."""
     field: Annotated[str, arg(metavar="NAME")] = "text"
     """Field or column that holds a record's text."""
     kind: Kind = None
@@ -59,8 +61,9 @@ def run(options: Options) -> int:
         raise ValueError("SRC or DST is missing; name what to read, and last the folder to create")
     *sources, destination = options.paths
     interrupt_by_exception()
-    how = Encoding(options.tokenizer, options.field, options.end, options.control_tokens)
-    with progress_bar("tokenizing", quiet=options.json) as progress:
+    tokenizer = local_folder(options.tokenizer, weights="none")
+    how = Encoding(str(tokenizer), options.field, options.end, options.control_tokens)
+    with byte_progress("tokenizing", quiet=options.json) as progress:
         done = tokenize(
             sources,
             Path(destination),
@@ -70,13 +73,22 @@ def run(options: Options) -> int:
             workers=options.workers or cores(),
             progress=progress,
         )
-    for record in done.first_bad:
-        print(f"qwen2-jax: warning: skipped {record}", file=sys.stderr)
+    warn_of_skipped(done)
     print(json.dumps(done._asdict()) if options.json else sentence(done))
     return 0
 
 
+def warn_of_skipped(done: Tokenized) -> None:
+    """Names some of the records that were skipped, on standard error, and counts the others."""
+    for record in done.first_bad:
+        print(f"qwen2-jax: warning: skipped {record}", file=sys.stderr)
+    if more := done.bad_records - len(done.first_bad):
+        where = f"{shown(done.destination)}/manifest.json"
+        print(f"qwen2-jax: warning: skipped {more:,} more bad records (see {where})", file=sys.stderr)
+
+
 def sentence(done: Tokenized) -> str:
+    """What was done, for people."""
     where = shown(done.destination)
     content = f"{done.documents:,} documents, {done.tokens:,} tokens"
     if done.bad_records:

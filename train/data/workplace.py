@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from convert.destination import changes, has_content, work_folder
-from convert.files import shown
-from train.data.encode import PARTS, write_whole
+from convert.files import shown, write_whole
+from train.data.encode import PARTS
 from train.data.store import FORMAT, MANIFEST, is_store
 
 _TASK, _LOCK = "task.json", "lock"

@@ -1,8 +1,8 @@
 """Records for people: a live display with the lines of past intervals above it, or the lines alone.
 
 A line of an interval is `step 120/1000` and names with values, separated by single spaces, always all of them and in
-the order of `shown`; "-" stands for what is not known. A line of an event is `event`, its name, and names with values.
-A terminal gets the same lines, without what is not known.
+the order of `columns`; "-" stands for what is not known. A line of an event is `event`, its name, and names with
+values. A terminal gets the same lines, without what is not known.
 """
 
 import json
@@ -51,14 +51,15 @@ class Lines:
 
 def interval_line(record: Record, total_steps: int, whole: bool = True) -> str:
     """One interval, for people and for grep; unless `whole`, without what is not known."""
-    pairs = [f"{name} {value}" for name, value in shown(record) if whole or value != "-"]
+    pairs = [f"{name} {value}" for name, value in columns(record) if whole or value != "-"]
     return " ".join([f"step {record['step']}/{total_steps}", *pairs])
 
 
-def shown(record: Record) -> list[tuple[str, str]]:
+def columns(record: Record) -> list[tuple[str, str]]:
     """What the console shows of a record, by name: always the same names in the same order."""
     return [
         ("loss", _number(record.get("loss"), ".4f")),
+        ("val_loss", _number(record.get("validation_loss"), ".4f")),
         ("grad_norm", _number(record.get("gradient_norm"), ".4g")),
         ("lr", _number(record.get("learning_rate"), ".2e")),
         ("tokens_per_s", _number(record.get("tokens_per_second"), ".0f")),

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwen2_jax.json_object import printable
-from train.report.console import duration, event_line, interval_line, shown
+from train.report.console import columns, duration, event_line, interval_line
 from train.report.output import Record
 
 
@@ -68,5 +68,5 @@ class Live:
             Text(f"{self._done / max(self._total, 1):.1%}"),
             Text(f"elapsed {duration(time.monotonic() - self._begun)}"),
         )
-        pairs = [Text.assemble((f"{name} ", "dim"), value) for name, value in shown(self._record) if value != "-"]
+        pairs = [Text.assemble((f"{name} ", "dim"), value) for name, value in columns(self._record) if value != "-"]
         return Group(head, Columns(pairs, padding=(0, 2)))

@@ -2,19 +2,15 @@
 
 Lines are only ever added, by the run and by those that go on with it. A reader drops what was superseded: a "start"
 event says which step a run went on from, so records of later steps above it belong to weights that were lost; likewise
-a "rollback" event with `to`. An interval has no "event" key. Numbers that are not finite are null, for JSON has no NaN.
+a "rollback" event with `to`.
 """
 
-import json
-import math
 import os
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qwen2_jax.json_object import brief, parse_json
-from train.report.output import Record
+from train.report.json_lines import JsonLines
 
 NAME = "metrics.jsonl"
 _TAIL = 2**20  # bytes in which a line certainly ends
@@ -29,7 +25,7 @@ class History(NamedTuple):
     """Each has "event", its name."""
 
 
-class MetricsFile:
+class MetricsFile(JsonLines):
     """Writes the file. A record is in the kernel's hands when a method returns: killing the process loses none."""
 
     def __init__(self, folder: Path, first_step: int):
@@ -41,21 +37,10 @@ class MetricsFile:
         Raises:
           OSError: if the file cannot be written.
         """
-        self._path, self._first = folder / NAME, first_step
+        super().__init__(first_step)
+        self._path = folder / NAME
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self._drop_torn_line()
-
-    def start(self, facts: Mapping[str, str]) -> None:
-        self._write({"event": "start", "step": self._first, "time": time.time(), "facts": dict(facts)})
-
-    def tick(self, step: int) -> None:
-        pass
-
-    def step(self, record: Record) -> None:
-        self._write(record)
-
-    def event(self, name: str, fields: Mapping[str, Any]) -> None:
-        self._write({"event": name, "time": time.time(), **fields})
 
     def close(self, failed: bool = False) -> None:
         os.close(self._file)
@@ -68,12 +53,10 @@ class MetricsFile:
         if whole < size:
             os.ftruncate(self._file, whole)
 
-    def _write(self, record: Mapping[str, Any]) -> None:
-        valid = {name: _valid(value) for name, value in record.items()}
-        line = json.dumps(valid, allow_nan=False, default=str).encode() + b"\n"
+    def _write(self, line: str) -> None:
         before = os.fstat(self._file).st_size
         try:
-            rest = memoryview(line)
+            rest = memoryview(line.encode() + b"\n")
             while rest:
                 rest = rest[os.write(self._file, rest) :]
         except OSError as error:  # a full disk, say: what comes later must not be joined to half a line
@@ -131,7 +114,3 @@ def _parsed(line: bytes, what: str) -> dict[str, Any]:
     if type(step) is not int:
         raise ValueError(f"{what}: a step must be a whole number, got {brief(step)}")
     return record
-
-
-def _valid(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

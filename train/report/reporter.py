@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from train.report.console import console
+from train.report.json_lines import JsonLines
 from train.report.metrics_file import MetricsFile
 from train.report.output import Output, Record
 from train.report.throughput import Work, peak_memory
@@ -42,6 +43,7 @@ class Reporter:
         work: Work | None = None,
         tensorboard: bool = False,
         wandb: str | None = None,
+        json: bool = False,
         process: int | None = None,
     ):
         """
@@ -53,6 +55,7 @@ class Reporter:
           work: for the MFU; None leaves it out.
           tensorboard: write `tensorboard/` in the folder.
           wandb: project on Weights & Biases; None for no run there. WANDB_MODE=offline and the like are heeded.
+          json: print JSON objects, those of metrics.jsonl, instead of lines for people.
           process: which one this is; by default what JAX says.
 
         Raises:
@@ -71,7 +74,7 @@ class Reporter:
         self._outputs: list[Output] = []
         with contextlib.ExitStack() as closing:
             if (jax.process_index() if process is None else process) == 0:
-                for output in _outputs(folder, total_steps, first_step, tensorboard, wandb):
+                for output in _outputs(folder, total_steps, first_step, tensorboard, wandb, json):
                     self._outputs.append(output)
                     closing.push(_closer(output))
             self._closing = closing.pop_all()
@@ -153,7 +156,9 @@ class Reporter:
         return sum(spent for _, spent in self._recent) / steps * (self._total - step) if steps else None
 
 
-def _outputs(folder: Path, total_steps: int, first_step: int, tensorboard: bool, wandb: str | None) -> Iterator[Output]:
+def _outputs(
+    folder: Path, total_steps: int, first_step: int, tensorboard: bool, wandb: str | None, json: bool
+) -> Iterator[Output]:
     """All that are asked for. The console is the last: what it cannot show is in the files already."""
     folder.mkdir(parents=True, exist_ok=True)
     yield MetricsFile(folder, first_step)
@@ -165,7 +170,7 @@ def _outputs(folder: Path, total_steps: int, first_step: int, tensorboard: bool,
         from train.report.weights_and_biases import WeightsAndBiases
 
         yield WeightsAndBiases(folder, wandb)
-    yield console(sys.stdout, total_steps, first_step)
+    yield JsonLines(first_step) if json else console(sys.stdout, total_steps, first_step)
 
 
 def _closer(output: Output) -> Callable[[type[BaseException] | None, BaseException | None, TracebackType | None], None]:

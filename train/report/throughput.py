@@ -7,24 +7,10 @@ import jax
 
 from qwen2_jax.config import Qwen2Config
 from sharding.mesh import MeshSpec
-from sharding.planner.chips import CHIPS, Chip, Topology
+from sharding.planner.chips import CHIPS, Topology, chip_of
 from sharding.planner.request import Request
 from sharding.planner.spread import Spread
 from sharding.planner.work import flops
-
-CHIP_OF_KIND = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "NVIDIA H100 80GB HBM3": "H100",
-    "NVIDIA H200": "H200",
-}
-"""Names in the planner's table by `jax.Device.device_kind`. H100 and H200 as PCIe or NVL cards, and parts of a card
-(MIG), have names of their own, and do less than the table says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +45,6 @@ def work(config: Qwen2Config, seq: int, devices: Sequence[jax.Device]) -> Work:
     need = flops(Spread(Request("", config, place, MeshSpec(), "train", batch=1, seq=seq)))
     peak = None if chip is None else chip.flops * len(devices)
     return Work(need.products / seq, need.attention / seq, peak)
-
-
-def chip_of(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None if the planner's table has no such one."""
-    name = CHIP_OF_KIND.get(device_kind)
-    return None if name is None else CHIPS[name]
 
 
 def peak_memory(devices: Sequence[jax.Device] | None = None) -> int | None:

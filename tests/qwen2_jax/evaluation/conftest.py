@@ -4,14 +4,13 @@ import json
 
 import jax
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from convert import save_checkpoint
 from qwen2_jax.cli import main
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import init_params
 from qwen2_jax.tokenizer import Tokenizer
+from tests.oracles.tokenizers import write_byte_tokenizer
 
 CONFIG = Qwen2Config(
     vocab_size=272,
@@ -39,13 +38,7 @@ def params():
 @pytest.fixture(scope="session")
 def byte_files(tmp_path_factory):
     """A folder with a tokenizer of 256 bytes, whose ids are not the bytes' values, and the control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({character: id for id, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    folder = tmp_path_factory.mktemp("bytes")
-    backend.save(str(folder / "tokenizer.json"))
+    folder = write_byte_tokenizer(tmp_path_factory.mktemp("bytes"), ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     return folder
 

@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
 
+from tests.oracles.tokenizers import write_byte_tokenizer
 from train.data.encode import END_OF_DOCUMENT, Encoding
 from train.data.store import TokenStore
 from train.data.tokenize import tokenize
@@ -14,13 +13,7 @@ from train.data.tokenize import tokenize
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(letters)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.add_special_tokens([END_OF_DOCUMENT])
-    backend.save(str(folder / "tokenizer.json"))
-    return folder
+    return write_byte_tokenizer(tmp_path_factory.mktemp("tokenizer"), [END_OF_DOCUMENT])
 
 
 @pytest.fixture(scope="session")

@@ -90,6 +90,7 @@ def test_processes_read_their_own_rows_only(rows, processes, monkeypatch):
 
 
 def test_streams_go_on_where_they_are_told(rows):
+    """grain#1178, datasets#7901: what came after a restore was not what would have come."""
     batches = Batches(rows, (2, SEQ))
     with batches.stream(7) as stream:
         for index in range(7, 20):
@@ -141,6 +142,26 @@ def test_waiting_is_measured(rows):
         threading.Timer(0.2, gate.set).start()
         next(stream)
         assert 0.15 < batches.waited - before < 10
+
+
+def test_waiting_while_the_devices_are_at_work_does_not_count(rows):
+    """They do not wait then: what is slow is the step."""
+    gate, asked = threading.Event(), []
+
+    def idle():
+        asked.append(len(asked))
+        gate.wait()
+        wait_until(lambda: stream._made.qsize())
+
+    batches = Batches(Slow(rows, gate), (1, SEQ))
+    with batches.stream(idle=idle) as stream:
+        wait_until(lambda: stream._made.qsize() == 2)
+        next(stream), next(stream)
+        before = len(asked), batches.waited
+        threading.Timer(0.3, gate.set).start()
+        next(stream)
+    assert before == (0, 0)  # what is there is not waited for
+    assert asked == [0] and batches.waited < 0.15
 
 
 class Failing:

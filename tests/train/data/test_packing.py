@@ -76,6 +76,7 @@ def test_every_document_once_per_epoch(store):
 
 
 def test_rows_do_not_depend_on_what_was_asked_before(store):
+    """grain#1178, datasets#7901: the state of a shuffle was another one once it was restored. Here there is none."""
     expected = [packed_rows([Source(store)], SEQ, 3)[index] for index in range(300)]
     rows = packed_rows([Source(store)], SEQ, 3)
     for index in random.Random(0).sample(range(300), 300):

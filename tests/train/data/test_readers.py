@@ -1,7 +1,10 @@
 """Every kind of file gives its documents, however it is cut into parts, and names what is wrong in it."""
 
+import errno
 import gzip
 import json
+import os
+import resource
 
 import pyarrow
 import pyarrow.parquet
@@ -150,6 +153,108 @@ def test_damaged_tables_are_named(tmp_path, name):
         good = [text for text in found if isinstance(text, str)]
         assert good == TEXTS[: len(good)]
         assert isinstance(found[-1], Bad) and str(path) in str(found[-1])
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_that_the_system_cannot_read_are_not_bad_records(tmp_path, name):
+    """What is wrong may be gone tomorrow, and nothing may be left out silently: found at once, and later too."""
+    path = tmp_path / name
+    WRITERS[name](path)
+    files = find_files([str(path)])
+    parts = plan(files, "text", 1 << 30)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, limit[1]))
+        with pytest.raises(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(OSError) as caught:
+            list(read(parts[0], "text"))
+        assert caught.value.errno == errno.EMFILE
+        if "jsonl" not in name:  # which need not be opened to be planned
+            with pytest.raises(OSError) as caught:
+                plan(files, "text", 1 << 30)
+            assert caught.value.errno == errno.EMFILE and str(path) in str(caught.value)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(read(parts[0], "text"))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("pread() failed: {}; at 0")])
+def test_disks_that_fail_while_they_are_read(tmp_path, error, monkeypatch):
+    """In the midst of a file: neither a row group nor a record is counted as bad for it."""
+    failing = error if isinstance(error, OSError) else RuntimeError(str(error).format(os.strerror(errno.EIO)))
+
+    def fail(*arguments, **options):
+        raise failing
+
+    if isinstance(error, OSError):
+        write_parquet(path := tmp_path / "a.parquet")
+        parts = plan(find_files([str(path)]), "text", 1 << 30)
+        monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lambda *a, **o: map(fail, range(1)))
+    else:
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        write_array_record(path := tmp_path / "a.array_record")
+        parts = plan(find_files([str(path)]), "text", 1 << 30)
+        monkeypatch.setattr(ArrayRecordDataSource, "__getitem__", fail)
+    with pytest.raises(OSError, match=str(path)) as caught:
+        list(read(parts[0], "text"))
+    assert caught.value.errno == errno.EIO
+
+
+def write_compressed(path, texts, stream):
+    options = pyarrow.ipc.IpcWriteOptions(compression="zstd")
+    new = pyarrow.ipc.new_stream if stream else pyarrow.ipc.new_file
+    rows = pyarrow.table({"text": texts})
+    with new(str(path), rows.schema, options=options) as writer:
+        writer.write_table(rows, max_chunksize=7)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_damaged_record_batch_loses_its_rows(tmp_path, stream):
+    """All of them are counted: --max-bad-records would otherwise let many rows go as one. In streams what follows is
+    lost, too."""
+    path = tmp_path / "a.arrow"
+    write_compressed(path, TEXTS, stream)
+    content = bytearray(path.read_bytes())
+    frames = [at for at in range(len(content)) if content.startswith(b"\x28\xb5\x2f\xfd", at)]
+    content[frames[5] : frames[5] + 4] = b"\xff" * 4  # two a batch, of offsets and texts: those of the third
+    path.write_bytes(content)
+    found = documents(path)
+    (bad,) = (text for text in found if isinstance(text, Bad))
+    assert [text for text in found if isinstance(text, str)] == TEXTS[:14] + ([] if stream else TEXTS[21:])
+    expected = ("row", 15, len(TEXTS) - 14) if stream else ("record batch 3, row", 1, 7)
+    assert (bad.where, bad.number, bad.records) == expected
+    assert "not known" not in bad.why
+
+
+def test_rows_that_cannot_be_counted_are_owned_up_to(tmp_path):
+    path = tmp_path / "stream.arrow"
+    write_arrow_stream(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    *good, bad = documents(path)
+    assert good == TEXTS[: len(good)] and good
+    assert "how many rows that loses is not known (1 counted)" in bad.why
+
+
+def test_damaged_offsets_are_not_followed(tmp_path):
+    """pyarrow alone ends the process where a text is said to be longer than memory."""
+    path = tmp_path / "a.arrow"
+    texts = pyarrow.array(TEXTS)
+    with pyarrow.ipc.new_file(str(path), pyarrow.schema({"text": texts.type})) as writer:
+        writer.write_batch(pyarrow.record_batch({"text": texts}))
+    content = path.read_bytes()
+    offsets = texts.buffers()[1].to_pybytes()[: 4 * (len(TEXTS) + 1)]
+    assert content.count(offsets) == 1
+    path.write_bytes(content.replace(offsets, offsets[:8] + b"\xff\xff\xff\x7f" + offsets[12:]))
+    (bad,) = documents(path)
+    assert bad.records == len(TEXTS)
 
 
 def test_damaged_row_group_loses_its_rows_only(tmp_path):

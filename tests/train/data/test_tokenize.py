@@ -1,10 +1,12 @@
 """Files become the same tokens whoever makes them and however often they are interrupted, and nothing is lost."""
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
 import os
+import pty
 import random
 import signal
 import subprocess
@@ -286,20 +288,53 @@ def test_job_reports(sources, tmp_path, tokenizer_folder, capsys):
             job(*arguments, **wrong)
 
 
+def test_job_takes_a_tokenizer_of_the_hub(sources, tmp_path, tokenizer_folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr("convert.folder._downloaded", lambda *name: asked.append(name) or tokenizer_folder)
+    assert job(sources, tmp_path / "dst", "--tokenizer", "Qwen/Qwen2-0.5B", "--workers", "1") == 0
+    assert asked == [("Qwen/Qwen2-0.5B", "none")] and len(TokenStore(tmp_path / "dst"))
+    with pytest.raises(ValueError, match="there is no folder qwen2-0.5b; for a model of the Hugging Face hub write"):
+        job(sources, tmp_path / "other", "--tokenizer", "qwen2-0.5b")
+
+
+def test_control_c_leaves_the_terminal_as_it_was(tmp_path, tokenizer_folder):
+    (tmp_path / "long.jsonl").write_text('{"text": "again "}\n' * 400_000)
+    arguments = [tmp_path / "long.jsonl", tmp_path / "dst", "--tokenizer", tokenizer_folder, "--workers", "1"]
+    command = [sys.executable, "-m", "qwen2_jax", "train", "tokenize", *map(str, arguments)]
+    ours, theirs = pty.openpty()
+    terminal = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal) as process:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # how Linux says that nobody has it open any more
+            while new := os.read(ours, 4096):
+                if b"tokenizing" in new and b"tokenizing" not in seen:
+                    process.send_signal(signal.SIGINT)
+                seen += new
+    os.close(ours)
+    assert process.returncode == -signal.SIGINT, seen.decode()
+    assert b"tokenizing" in seen and b"Traceback" not in seen
+    assert seen.rindex(b"\x1b[?25h") > seen.rindex(b"\x1b[?25l"), "the cursor is hidden"
+    assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"], "what had not begun is put away"
+
+
 COMMAND = """
 import sys
 from pathlib import Path
 from train.data.encode import Encoding
 from train.data.tokenize import tokenize
-tokenize([sys.argv[1]], Path(sys.argv[2]), Encoding(sys.argv[3]), workers=2, part_size=4000)
+tokenize([sys.argv[1]], Path(sys.argv[2]), Encoding(sys.argv[3]), workers=2, part_size=16000)
 """
 
 
-def interrupt_at_random(sources, destination, tokenizer_folder, seed, longest):
+def command(sources, destination, tokenizer_folder):
+    return [sys.executable, "-c", COMMAND, str(sources), str(destination), str(tokenizer_folder)]
+
+
+def interrupt_at_random(sources, destination, tokenizer_folder, seed, shortest, longest):
     """Runs the job and kills it with its workers' parent; whether it was still at work."""
-    command = [sys.executable, "-c", COMMAND, str(sources), str(destination), str(tokenizer_folder)]
-    process = subprocess.Popen(command, cwd=ROOT)
-    time.sleep(random.Random(seed).uniform(0.2, longest))
+    process = subprocess.Popen(command(sources, destination, tokenizer_folder), cwd=ROOT)
+    time.sleep(random.Random(seed).uniform(shortest, longest))
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -310,20 +345,23 @@ def check_resume(tmp_path, how, tokenizer_folder, seeds):
     folder = tmp_path / "sources"
     folder.mkdir()
     for name in range(4):
-        lines = (json.dumps({"text": f"{name} {n} " * 40}) for n in range(400))
+        lines = (json.dumps({"text": f"{name} {n} " * 40}) for n in range(1600))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    tokenize([str(folder)], tmp_path / "undisturbed", how, workers=0, part_size=4000)
+    begin = time.monotonic()
+    subprocess.run(command(folder, tmp_path / "undisturbed", tokenizer_folder), cwd=ROOT, check=True)
+    whole = time.monotonic() - begin  # machines differ by a factor of ten
     resumed = 0
     for seed in seeds:
         destination = tmp_path / f"dst{seed}"
         killed = kept = 0
         while not destination.exists() and killed < 4:
-            killed += interrupt_at_random(folder, destination, tokenizer_folder, f"{seed} {killed}", 0.9 + killed / 4)
+            longest = whole * (0.7 + killed / 4)
+            killed += interrupt_at_random(folder, destination, tokenizer_folder, f"{seed} {killed}", whole / 4, longest)
             before, kept = kept, len(list(tmp_path.glob(f"dst{seed}.partial/parts/*.json"))) or kept
             assert kept >= before, "finished parts were lost"
         assert killed > 0
         resumed += kept > 0
-        tokenize([str(folder)], destination, how, workers=0, part_size=4000)
+        tokenize([str(folder)], destination, how, workers=0, part_size=16000)
         assert digests(destination) == digests(tmp_path / "undisturbed")
         assert not list(tmp_path.glob("*.partial"))
     assert resumed, "no kill met work that had begun"

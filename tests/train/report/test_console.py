@@ -18,6 +18,7 @@ RECORD = {
     "step": 120,
     "loss": 3.21449,
     "cross_entropy": 3.2,
+    "validation_loss": 3.5,
     "gradient_norm": 0.81249,
     "learning_rate": 2.95e-4,
     "tokens_per_second": 12345.4,
@@ -30,15 +31,16 @@ RECORD = {
 }
 NUMBER = r"(-|nan|-?inf|[-+.\de]+)"
 LINE = re.compile(
-    rf"step \d+/\d+ loss {NUMBER} grad_norm {NUMBER} lr {NUMBER} tokens_per_s {NUMBER} mfu {NUMBER}%? "
-    rf"mfu_6n {NUMBER}%? data_wait {NUMBER}%? memory {NUMBER}(GiB)? skipped {NUMBER} eta (-|\d+:\d\d:\d\d)"
+    rf"step \d+/\d+ loss {NUMBER} val_loss {NUMBER} grad_norm {NUMBER} lr {NUMBER} tokens_per_s {NUMBER} "
+    rf"mfu {NUMBER}%? mfu_6n {NUMBER}%? data_wait {NUMBER}%? memory {NUMBER}(GiB)? skipped {NUMBER} "
+    r"eta (-|\d+:\d\d:\d\d)"
 )
 
 
 def test_line_of_an_interval():
     assert interval_line(RECORD, 1000) == (
-        "step 120/1000 loss 3.2145 grad_norm 0.8125 lr 2.95e-04 tokens_per_s 12345 mfu 41.2% mfu_6n 35.6% "
-        "data_wait 0.3% memory 1.50GiB skipped 2 eta 2:03:04"
+        "step 120/1000 loss 3.2145 val_loss 3.5000 grad_norm 0.8125 lr 2.95e-04 tokens_per_s 12345 mfu 41.2% "
+        "mfu_6n 35.6% data_wait 0.3% memory 1.50GiB skipped 2 eta 2:03:04"
     )
 
 
@@ -48,7 +50,7 @@ def test_every_line_has_the_same_fields(value):
     line = interval_line(record, 1000)
     assert LINE.fullmatch(line), line
     assert len(line.split(" ")[3]) <= len("-1.2345e+30"), "a loss that explodes fills the screen"
-    assert len(line.split(" ")) == 22
+    assert len(line.split(" ")) == 24
     assert LINE.fullmatch(interval_line({"step": 7}, 1000))
 
 
@@ -109,5 +111,5 @@ def test_live_on_a_terminal(monkeypatch):
     lines = plain.splitlines()
     assert known in plain and "event checkpoint step 120 seconds 1.5" in plain and "[bold]data=2" in plain
     assert any(re.match(r"step 120/1000 +━.* 12.0% +elapsed 0:00:0", line) for line in lines), lines
-    assert any("loss 3.2145" in line and "grad_norm 0.8125  lr" in line for line in lines)
+    assert any(re.match(r"loss 3.2145 +val_loss 3.5000  grad_norm 0.8125  lr", line) for line in lines), lines
     assert lines[-1].endswith("the end")

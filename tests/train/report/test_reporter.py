@@ -46,6 +46,20 @@ def test_rates(tmp_path, capsys):
     assert "mfu 70.0% mfu_6n 60.0% data_wait 5.0% memory - skipped - eta 0:01:20" in lines[1]
 
 
+def test_json(tmp_path, capsys):
+    """Programs get, line by line, what the file gets."""
+    with Reporter(tmp_path, 100, first_step=5, json=True) as reporter:
+        reporter.start({"model": "tiny"})
+        reporter.tick(6)
+        reporter.step(record(10, loss=math.nan))
+        reporter.event("checkpoint", step=10)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    written = [json.loads(line) for line in (tmp_path / NAME).read_text().splitlines()]
+    assert [line.pop("time") > 0 for line in (*lines, *written)] == [True] * 6
+    assert lines == written and lines[1]["loss"] is None
+    assert lines[0] == {"event": "start", "step": 5, "facts": {"model": "tiny"}}
+
+
 def test_little_is_known(tmp_path, capsys):
     with Reporter(tmp_path, 100, first_step=50, work=WORK) as reporter:
         reporter.step({"step": 60})

@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from qwen2_jax.sizes import published
-from sharding.planner.chips import CHIPS
+from sharding.planner.chips import CHIP_OF_KIND, CHIPS, chip_of
 from sharding.planner.shapes import count_active
-from train.report.throughput import CHIP_OF_KIND, chip_of, peak_memory, work
+from train.report.throughput import peak_memory, work
 
 
 def device(kind="TPU v5", memory=None):

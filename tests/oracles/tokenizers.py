@@ -1,0 +1,22 @@
+"""A tokenizer of bytes, for models that are too small for Qwen's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+
+def write_byte_tokenizer(folder: Path, tokens: Sequence[str] = ()) -> Path:
+    """Writes tokenizer.json into a folder, made if need be, and gives the folder.
+
+    The ids of the 256 bytes are not their values; the control `tokens` come after them.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(tokens))
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
