@@ -331,14 +331,19 @@ def command(sources, destination, tokenizer_folder):
     return [sys.executable, "-c", COMMAND, str(sources), str(destination), str(tokenizer_folder)]
 
 
-def interrupt_at_random(sources, destination, tokenizer_folder, seed, shortest, longest):
-    """Runs the job and kills it with its workers' parent; whether it was still at work."""
+def kill_behind(parts, sources, destination, tokenizer_folder):
+    """Runs the job and kills it, with its workers' parent, once so many parts are finished; False if it got through."""
     process = subprocess.Popen(command(sources, destination, tokenizer_folder), cwd=ROOT)
-    time.sleep(random.Random(seed).uniform(shortest, longest))
+    while process.poll() is None and len(finished(destination)) < parts:
+        time.sleep(0.001)
     alive = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
     return alive
+
+
+def finished(destination):
+    return list(Path(f"{destination}.partial").glob("parts/*.json"))
 
 
 def check_resume(tmp_path, how, tokenizer_folder, seeds):
@@ -347,24 +352,22 @@ def check_resume(tmp_path, how, tokenizer_folder, seeds):
     for name in range(4):
         lines = (json.dumps({"text": f"{name} {n} " * 40}) for n in range(1600))
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    begin = time.monotonic()
     subprocess.run(command(folder, tmp_path / "undisturbed", tokenizer_folder), cwd=ROOT, check=True)
-    whole = time.monotonic() - begin  # machines differ by a factor of ten
-    resumed = 0
+    whole = sum(file.stat().st_size for file in folder.iterdir()) // 16000
+    killed = resumed = 0
     for seed in seeds:
-        destination = tmp_path / f"dst{seed}"
-        killed = kept = 0
-        while not destination.exists() and killed < 4:
-            longest = whole * (0.7 + killed / 4)
-            killed += interrupt_at_random(folder, destination, tokenizer_folder, f"{seed} {killed}", whole / 4, longest)
-            before, kept = kept, len(list(tmp_path.glob(f"dst{seed}.partial/parts/*.json"))) or kept
+        destination, kept, dice = tmp_path / f"dst{seed}", 0, random.Random(seed)
+        for _ in range(3):
+            killed += kill_behind(dice.randrange(whole), folder, destination, tokenizer_folder)
+            if destination.exists():
+                break
+            before, kept = kept, len(finished(destination))
             assert kept >= before, "finished parts were lost"
-        assert killed > 0
         resumed += kept > 0
         tokenize([str(folder)], destination, how, workers=0, part_size=16000)
         assert digests(destination) == digests(tmp_path / "undisturbed")
         assert not list(tmp_path.glob("*.partial"))
-    assert resumed, "no kill met work that had begun"
+    assert killed and resumed, "no kill met work that had begun"
 
 
 def test_resume_after_a_kill(tmp_path, how, tokenizer_folder):
