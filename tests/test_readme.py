@@ -26,7 +26,7 @@ from sharding import cli as plan
 from tests.oracles.tokenizers import write_byte_tokenizer
 from train.data import tokenize_job
 from train.plot import Plot
-from train.run import read_run
+from train.run_file import read_run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

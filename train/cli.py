@@ -41,7 +41,7 @@ def _plot(argv: Sequence[str]) -> int:
 
 
 def _pretrain(argv: Sequence[str]) -> int:
-    from train.run import read_run
+    from train.run_file import read_run
 
     run = read_run(argv or ["--help"])
     # Imported when it is called: these import JAX, and its processes have to meet before anything asks for devices.

@@ -18,7 +18,8 @@ import jax
 import yaml
 
 from convert.files import write_whole
-from train.run import Run, as_options
+from train.run import Run
+from train.run_file import as_options
 
 OPTIONS, STARTS, PASSED_OVER, CHECKPOINTS = "run.yaml", "starts.jsonl", "passed_over.json", "checkpoints"
 

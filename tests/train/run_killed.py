@@ -18,7 +18,7 @@ from qwen2_jax.command import exit_code
 from tests.train.runs import RandomRows
 from train.loop import Loop
 from train.pretraining import Pretraining
-from train.run import read_run
+from train.run_file import read_run
 
 
 def tell(kind: str, number: int) -> None:

@@ -15,7 +15,7 @@ from sharding.processes import join_processes, leave_processes
 from tests.train.runs import RandomRows
 from train.loop import Loop
 from train.pretraining import Pretraining
-from train.run import read_run
+from train.run_file import read_run
 from train.text import rows_of_text
 from train.training import train
 

@@ -19,7 +19,8 @@ from train.data.packing import Row
 from train.loop import Loop
 from train.pretraining import Pretraining
 from train.report.metrics_file import read_metrics
-from train.run import Run, read_run
+from train.run import Run
+from train.run_file import read_run
 
 SEQ, BATCH = 16, 8
 MODEL = {

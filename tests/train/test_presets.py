@@ -12,7 +12,7 @@ from sharding.mesh import MeshSpec
 from sharding.planner.chips import parse_topology
 from sharding.planner.estimate import estimate
 from sharding.planner.request import Request, checked
-from train.run import presets, read_run
+from train.run_file import presets, read_run
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from train.cli import main
-from train.run import Phase, Run, as_options, presets, read_run
+from train.run import Phase, Run
+from train.run_file import as_options, presets, read_run
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import hypothesis
 import hypothesis.strategies as some
 import pytest
 
-from train.run import Phase, read_run
+from train.run import Phase
+from train.run_file import read_run
 from train.run_folder import (
     OPTIONS,
     PASSED_OVER,
