@@ -114,7 +114,9 @@ class Generation:
     """A batch of prompts being continued, for callers that want the tokens as they come or the phases apart.
 
     Building one runs the prefill and chooses each row's first token; `advance` runs the decode loop. Arguments and
-    errors are those of `generate`, with the sampling keywords in one object.
+    errors are those of `generate`, with the sampling keywords in one object. `slots` is what prompts are padded to and
+    `room` what answers have room for, in tokens, by default the next of a few sizes; many batches of the same sizes
+    share their programs.
     """
 
     def __init__(
@@ -130,14 +132,17 @@ class Generation:
         pad_id: int = 0,
         seed: int = 0,
         prefill_chunk: int | None = None,
+        slots: int | None = None,
+        room: int | None = None,
         options: Options = Options(),
         dtype: jax.typing.DTypeLike | None = None,
     ):
         tokens, lengths, limits = checked_prompts(config, tokens, lengths, max_new_tokens)
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
-        longest = int(lengths.max())
-        width = bucket(longest)
+        longest, most = int(lengths.max()), int(limits.max())
+        width, room = slots or bucket(longest), room or bucket(most)
+        assert longest <= width and most <= room
         if prefill_chunk is not None and prefill_chunk >= width:
             prefill_chunk = None
         if prefill_chunk is not None:
@@ -146,7 +151,7 @@ class Generation:
         padded[:, :longest] = tokens[:, :longest]
         dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
 
-        self.max_new_tokens = int(limits.max())
+        self.max_new_tokens = most
         self.rows = len(tokens)
         self._taken = 0
         ends = _Ends(jnp.asarray(tuple(eos_ids), jnp.int32), jnp.asarray(pad_id, jnp.int32))
@@ -164,7 +169,7 @@ class Generation:
             *(params, padded, lengths, limits, jax.random.key(seed), sampling.values, ends),
             config=config,
             steps=sampling.steps,
-            room=bucket(self.max_new_tokens),
+            room=room,
             chunk=prefill_chunk,
             options=options,
             dtype=dtype,
@@ -176,14 +181,17 @@ class Generation:
         count = int(self._state.count)
         return self._taken == count and (count >= self.max_new_tokens or bool(self._state.ended.all()))
 
-    def advance(self, tokens: int | None = None) -> np.ndarray:
+    def advance(self, tokens: int | None = None, ended: Any = None) -> np.ndarray:
         """Chooses up to `tokens` more tokens (all that are left by default) and returns them, [B, new] int32.
+
+        `ended`, [B] bool, are rows that the caller has seen enough of.
 
         Raises:
           ValueError: if the model computes NaN or infinity, so that no token is more probable than another.
         """
         limit = self.max_new_tokens if tokens is None else min(self._taken + tokens, self.max_new_tokens)
-        self._state = self._step(self._state, jnp.asarray(limit, jnp.int32))
+        ended = np.zeros(self.rows, bool) if ended is None else np.asarray(ended, bool)
+        self._state = self._step(self._state, jnp.asarray(limit, jnp.int32), ended)
         if not self._state.finite:
             raise ValueError(
                 "the model computes NaN or infinity for this prompt: its weights are damaged, or too large for the "
@@ -335,6 +343,7 @@ def _decode(
     params: Params,
     state: State,
     limit: jax.Array,
+    ended: jax.Array,
     values: Values,
     ends: _Ends,
     *,
@@ -343,7 +352,8 @@ def _decode(
     options: Options,
     dtype: Any,
 ) -> State:
-    """Adds tokens until `limit` of them are chosen or every row has ended."""
+    """Adds tokens until `limit` of them are chosen or every row has ended, those of `ended` [B] at once."""
+    state = dataclasses.replace(state, ended=state.ended | ended)
 
     def unfinished(state: State) -> jax.Array:
         return (state.count < limit) & ~state.ended.all()

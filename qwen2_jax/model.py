@@ -14,6 +14,7 @@ from qwen2_jax.cache import Cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.layers import Block, Embedding, Options, Projection, RMSNorm, Sequence
 from qwen2_jax.moe import RouterStatistics, check_moe, load_balancing_loss
+from qwen2_jax.projection import project
 from qwen2_jax.remat import REMAT_POLICIES
 from qwen2_jax.rope import rotations
 
@@ -211,6 +212,17 @@ def forward(
     output = Qwen2(config, dtype=dtype, options=options).apply({"params": params}, tokens, **arguments)
     assert isinstance(output, Output)
     return output
+
+
+def head_of(config: Qwen2Config, params: Params) -> jax.Array:
+    """[V, D]: what the logits are computed with, in tied models the embedding."""
+    return params["embed"]["embedding"] if config.tie_word_embeddings else params["lm_head"]["kernel"]
+
+
+def logits_of(config: Qwen2Config, params: Params, hidden: jax.Array, options: Options = Options()) -> jax.Array:
+    """[B, T, V] float32: the logits that `Qwen2` computes from its last hidden states, `Output.hidden` [B, T, D]."""
+    placement = options.placement.weight(("vocab", "embed"))
+    return project("BTD,VD->BTV", hidden, head_of(config, params), dtype=jnp.float32, placement=placement)
 
 
 def default_positions(segment_ids: jax.Array, cache: Cache | None = None) -> jax.Array:

@@ -78,6 +78,16 @@ class Tokenizer:
         eos = self.backend.token_to_id(self._named_tokens.get("eos_token", ""))
         return () if eos is None else (eos,)
 
+    @property
+    def bos_id(self) -> int | None:
+        """The id of the checkpoint's begin-of-text token; Qwen2's name none."""
+        return self.backend.token_to_id(self._named_tokens.get("bos_token", ""))
+
+    def control_id(self, text: str) -> int | None:
+        """The id of a control token such as "<|im_end|>"; None for any other text."""
+        added = _added_tokens(self.backend)
+        return next((id for id, token in added.items() if token.special and token.content == text), None)
+
     def encode(self, text: str, *, control_tokens: bool = True) -> list[int]:
         """The ids of `text`; `control_tokens=False` reads "<|im_end|>" and the like as ordinary text.
 

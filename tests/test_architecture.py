@@ -17,8 +17,8 @@ FILES = sorted(path.relative_to(ROOT) for package in MAY_IMPORT for path in (ROO
 
 
 def is_entry_point(path: Path) -> bool:
-    """Commands bring the packages together, so they alone may import in any direction."""
-    return path.name in ("__main__.py", "cli.py") or path.parts[1] == "commands"
+    """Commands and plug-ins bring the packages together, so they alone may import in any direction."""
+    return path.name in ("__main__.py", "cli.py") or path.parts[1] in ("commands", "plugins")
 
 
 def imported_packages(path: Path) -> set[str]:

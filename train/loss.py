@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.einsum import einsum
-from qwen2_jax.model import Output, Params
+from qwen2_jax.model import Output
 from sharding.rules import batch_sharding, weight_spec
 
 IGNORE = -100
@@ -110,11 +110,6 @@ def next_token_loss(config: Qwen2Config, output: Output, targets: jax.Array, z_l
     if config.is_moe:
         total += config.router_aux_loss_coef * output.aux_loss
     return Loss(total, cross_entropy, count)
-
-
-def head_of(config: Qwen2Config, params: Params) -> jax.Array:
-    """[V, D]: what the logits are computed with, in tied models the embedding."""
-    return params["embed"]["embedding"] if config.tie_word_embeddings else params["lm_head"]["kernel"]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from qwen2_jax.config import Qwen2Config
-from qwen2_jax.model import Output, Params, Qwen2
+from qwen2_jax.model import Output, Params, Qwen2, head_of
 from qwen2_jax.moe import RouterStatistics, router_metrics
-from train.loss import IGNORE, head_of, loss_sums, split_over
+from train.loss import IGNORE, loss_sums, split_over
 from train.objective import Step
 
 

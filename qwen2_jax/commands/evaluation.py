@@ -76,7 +76,7 @@ def shared_settings(options: EvaluationOptions, session: Session) -> dict[str, A
     """The settings that every evaluation has."""
     return {
         "model": options.model,
-        "weights": _fingerprint(session.folder),
+        "weights": fingerprint(session.folder),
         "dtype": options.dtype,
         "modes": list(options.modes.names),
         **{name: value for name, value in dataclasses.asdict(options.modes).items() if name != "mode"},
@@ -121,7 +121,7 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path) -> str:
     """Changes with the weights, without reading them: our folders have a list of digests, of others take the files'
     sizes and dates."""
     if (manifest := folder / "manifest.json").is_file():

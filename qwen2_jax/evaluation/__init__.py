@@ -1,1 +1,1 @@
-"""What a model still knows far from where it reads: needles found in long prompts, and loss by position."""
+"""How good a model is: scores and answers for benchmarks, needles found in long prompts, and loss by position."""

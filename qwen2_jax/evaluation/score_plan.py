@@ -1,0 +1,287 @@
+"""Which tokens to compute so that many continuations are scored: each shared beginning once, in few shapes of batches.
+
+Arithmetic on the host, without JAX. Requests are cut into rows in three steps. Inputs that are the beginning of another
+one disappear in it: " A" and " B" after one question need one row, which is asked for two tokens. Of the rest, those
+that begin alike share a *prefix* where that saves tokens, be it the question above four answers or the examples above a
+hundred questions; what follows is each one's *suffix*. Then the lengths are rounded up, and shapes merged until there
+are few, where merging adds the least padding.
+"""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from qwen2_jax.generation import bucket
+
+Tokens = Sequence[int]
+
+_LEAST_SHARED = 16
+"""Tokens that a shared prefix has at least: reading it is a pass of its own through all weights."""
+
+
+class Shape(NamedTuple):
+    """Slots of a row of a batch."""
+
+    prefix: int
+    """0 for rows that share nothing."""
+    suffix: int
+
+
+class Ask(NamedTuple):
+    """One number wanted: the probability of `token` after position `position` of a row."""
+
+    request: int
+    position: int
+    token: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    tokens: np.ndarray
+    """int32, prefix and suffix."""
+    shared: int
+    """Length of the prefix."""
+    group: int
+    """Rows of one group have the same prefix."""
+    asks: tuple[Ask, ...]
+    """At positions of the suffix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    shape: Shape
+    rows: tuple[Row, ...]
+
+
+class Sizes(NamedTuple):
+    """Of all batches of one shape, so that they share one program."""
+
+    prefixes: int
+    rows: int
+    asks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorePlan:
+    batches: tuple[Batch, ...]
+    sizes: dict[Shape, Sizes]
+
+    @property
+    def slots(self) -> int:
+        """Tokens that are computed, padding included."""
+        each = {shape: size.prefixes * shape.prefix + size.rows * shape.suffix for shape, size in self.sizes.items()}
+        return sum(each[batch.shape] for batch in self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """Those of them that are none of padding."""
+        prefixes = [{row.group: row.shared for row in batch.rows} for batch in self.batches]
+        suffixes = sum(len(row.tokens) - row.shared for batch in self.batches for row in batch.rows)
+        return suffixes + sum(sum(lengths.values()) for lengths in prefixes)
+
+
+def plan_scores(
+    pairs: Sequence[tuple[Tokens, Tokens]],
+    *,
+    slots: int,
+    cached: int,
+    programs: int,
+    share: bool = True,
+    max_rows: int | None = None,
+    multiple: int = 1,
+) -> ScorePlan:
+    """How to score each continuation after its context, all of them of at least one token.
+
+    Args:
+      pairs: context and continuation, token ids.
+      slots: tokens of a batch, padding included, unless a single row has more.
+      cached: tokens whose keys and values a batch may hold, likewise; each row holds its own copy of its prefix.
+      programs: most shapes.
+      share: whether beginnings may be read once for several requests.
+      max_rows: most rows of a batch.
+      multiple: numbers of rows and prefixes are multiples of this, devices that a batch is split over.
+    """
+    groups = _in_groups(pairs, share)
+    rounded: dict[Shape, list[Row]] = defaultdict(list)
+    for row in groups:
+        rounded[Shape(_rounded(row.shared), _rounded(len(row.tokens) - row.shared))].append(row)
+    merged = merge_shapes({shape: len(rows) for shape, rows in rounded.items()}, programs)
+    by_shape: dict[Shape, list[Row]] = defaultdict(list)
+    for shape, rows in rounded.items():
+        by_shape[merged[shape]] += rows
+    batches: list[Batch] = []
+    sizes: dict[Shape, Sizes] = {}
+    # The largest first: what runs out of memory does so at once.
+    for shape in sorted(by_shape, key=sum, reverse=True):
+        rows = sorted(by_shape[shape], key=lambda row: row.group)
+        of_shape = [Batch(shape, tuple(part)) for part in _cut(rows, shape, slots, cached, max_rows)]
+        sizes[shape] = Sizes(
+            prefixes=_up(max(len({row.group for row in batch.rows}) for batch in of_shape), multiple),
+            rows=_up(max(len(batch.rows) for batch in of_shape), multiple),
+            asks=bucket(max(sum(len(row.asks) for row in batch.rows) for batch in of_shape)),
+        )
+        batches += of_shape
+    return ScorePlan(tuple(batches), sizes)
+
+
+def merge_shapes(rows: dict[Shape, int], limit: int) -> dict[Shape, Shape]:
+    """For each shape, with its number of rows, one of at most `limit` that holds it, chosen for little padding.
+
+    Shapes with a prefix and without stay apart, so with both kinds there are at least two.
+    """
+    merged = {shape: [shape] for shape in rows}
+    count = dict(rows)
+    while len(merged) > limit:
+        shapes = np.array(sorted(merged))
+        weights = np.array([count[Shape(*map(int, shape))] for shape in shapes])
+        both = np.maximum(shapes[:, None], shapes[None])
+        own = shapes.sum(-1) * weights
+        cost = both.sum(-1) * (weights[:, None] + weights[None]) - own[:, None] - own[None]
+        apart = (shapes[:, 0] == 0)[:, None] != (shapes[:, 0] == 0)[None]
+        cost = np.where(apart | np.eye(len(shapes), dtype=bool), np.iinfo(np.int64).max, cost)
+        i, j = np.unravel_index(np.argmin(cost), cost.shape)
+        if cost[i, j] == np.iinfo(np.int64).max:
+            break
+        first, second = (Shape(*map(int, shapes[index])) for index in (i, j))
+        members = merged.pop(first) + merged.pop(second)
+        total = count.pop(first) + count.pop(second)
+        larger = Shape(max(first.prefix, second.prefix), max(first.suffix, second.suffix))
+        merged[larger] = merged.get(larger, []) + members
+        count[larger] = count.get(larger, 0) + total
+    return {member: shape for shape, members in merged.items() for member in members}
+
+
+def _rounded(length: int) -> int:
+    return bucket(length) if length else 0
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _cut(rows: list[Row], shape: Shape, slots: int, cached: int, max_rows: int | None) -> list[list[Row]]:
+    """Batches of rows of one shape, about equally large, rows of a group together."""
+    groups = {row.group for row in rows}
+    each = shape.suffix + shape.prefix * len(groups) / len(rows)  # a row with its part of a prefix
+    held = each + shape.prefix if shape.prefix else 0
+    most = max(1, min(int(slots / each), int(cached / held) if held else len(rows), max_rows or len(rows), len(rows)))
+    size = -(-len(rows) // -(-len(rows) // most))
+    # Where few rows share a prefix and elsewhere many, the prefixes must not outgrow the batch.
+    most_prefixes = math.ceil(1.25 * size * len(groups) / len(rows))
+    parts: list[list[Row]] = [[]]
+    seen: set[int] = set()
+    for row in rows:
+        if parts[-1] and (len(parts[-1]) == size or (row.group not in seen and len(seen) == most_prefixes)):
+            parts.append([])
+            seen = set()
+        parts[-1].append(row)
+        seen.add(row.group)
+    return parts
+
+
+class _Input(NamedTuple):
+    """Tokens that the model reads, and what is asked of it."""
+
+    tokens: np.ndarray
+    asks: tuple[Ask, ...]
+
+
+def _in_groups(pairs: Sequence[tuple[Tokens, Tokens]], share: bool) -> list[Row]:
+    inputs, common = _distinct(pairs, share)
+    if not share:
+        common = [0] * len(inputs)
+    return [
+        Row(inputs[index].tokens, shared, group, inputs[index].asks)
+        for group, (shared, members) in enumerate(_share(inputs, common))
+        for index in members
+    ]
+
+
+def _distinct(pairs: Sequence[tuple[Tokens, Tokens]], share: bool) -> tuple[list[_Input], list[int]]:
+    """The inputs in order, each once, and how many tokens each has in common with the one before. If beginnings are
+    shared, those that others begin with are left out, and these asked instead."""
+    inputs = []
+    for request, (context, continuation) in enumerate(pairs):
+        tokens = np.asarray((*context, *continuation), np.int32)
+        first = len(context) - 1
+        asks = tuple(Ask(request, first + index, int(token)) for index, token in enumerate(continuation))
+        inputs.append(_Input(tokens[:-1], asks))
+    # As bytes, most significant first, they sort as their numbers do.
+    inputs.sort(key=lambda one: one.tokens.astype(">u4").tobytes())
+    distinct: list[_Input] = []
+    common: list[int] = []
+    for one in inputs:
+        shared = _common(distinct[-1].tokens, one.tokens) if distinct else 0
+        if distinct and shared == len(distinct[-1].tokens) and (share or shared == len(one.tokens)):
+            distinct[-1] = _Input(one.tokens, distinct[-1].asks + one.asks)
+            continue
+        distinct.append(one)
+        common.append(shared)
+    return distinct, common
+
+
+def _common(first: np.ndarray, second: np.ndarray) -> int:
+    length = min(len(first), len(second))
+    differ = first[:length] != second[:length]
+    return int(np.argmax(differ)) if differ.any() else length
+
+
+@dataclasses.dataclass
+class _Span:
+    """Inputs that follow each other and begin alike."""
+
+    length: int
+    """Of all inputs together."""
+    first_ask: int
+    """The earliest position that is asked for anything."""
+    cost: int
+    """Tokens to compute, shared as `groups` says."""
+    groups: list[tuple[int, range]]
+    """Prefix and members of each group."""
+
+
+def _share(inputs: Sequence[_Input], common: Sequence[int]) -> list[tuple[int, range]]:
+    """The groups that save most tokens, with one prefix each.
+
+    Inputs that begin alike form a tree, because they are sorted. From its leaves up, a span of inputs becomes one group
+    with everything that they have in common as its prefix, if that is less to compute than the groups inside of it.
+    """
+
+    def leaf(index: int) -> _Span:
+        length = len(inputs[index].tokens)
+        first = min(ask.position for ask in inputs[index].asks)
+        return _Span(length, first, length, [(0, range(index, index + 1))])
+
+    def closed(common: int, parts: list[_Span]) -> _Span:
+        start, stop = parts[0].groups[0][1].start, parts[-1].groups[-1][1].stop
+        length, first = sum(part.length for part in parts), min(part.first_ask for part in parts)
+        # The logits of what is asked for come from the suffix.
+        prefix = min(common, first)
+        together = length - prefix * (stop - start - 1)
+        apart = sum(part.cost for part in parts)
+        if prefix >= _LEAST_SHARED and together < apart:
+            return _Span(length, first, together, [(prefix, range(start, stop))])
+        groups = [group for part in parts for group in part.groups]
+        return _Span(length, first, apart, groups)
+
+    if not inputs:
+        return []
+    open_spans: list[tuple[int, list[_Span]]] = []
+    last = leaf(0)
+    for index in range(1, len(inputs) + 1):
+        here = common[index] if index < len(inputs) else -1
+        while open_spans and open_spans[-1][0] > here:
+            begun, parts = open_spans.pop()
+            last = closed(begun, [*parts, last])
+        if index == len(inputs):
+            break
+        if open_spans and open_spans[-1][0] == here:
+            open_spans[-1][1].append(last)
+        else:
+            open_spans.append((here, [last]))
+        last = leaf(index)
+    return last.groups

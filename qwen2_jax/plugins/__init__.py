@@ -1,0 +1,1 @@
+"""What other programs load: entry points, like the commands."""
