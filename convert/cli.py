@@ -24,6 +24,13 @@ Dtype = Annotated[
     Literal["bfloat16", "float16", "float32"] | None,
     arg(metavar="{bfloat16,float16,float32}", help_behavior_hint="(default: as stored)"),
 ]
+ToHfDtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    arg(
+        metavar="{bfloat16,float16,float32}",
+        help_behavior_hint="(default: as stored; of a training step, what its config.json says: the run's --dtype)",
+    ),
+]
 Size = Annotated[str, arg(metavar="SIZE")]
 
 
@@ -63,7 +70,7 @@ class ToHf:
     """Checkpoint folder of ours, or a step of a training run such as RUN/checkpoints/00001000."""
     dst: Annotated[Positional[Path], arg(metavar="DST")]
     """Folder to create."""
-    dtype: Dtype = None
+    dtype: ToHfDtype = None
     """Number format of the weights written."""
     shard_size: Size = "5GB"
     """Weights per file at most; what fits into one file becomes model.safetensors."""
@@ -157,6 +164,9 @@ def _run(argv: Sequence[str]) -> int:
     for warning in report.warnings:
         print(f"qwen2-jax: warning: {warning}", file=sys.stderr)
     print(_json(dataclasses.asdict(report)) if job.json else _sentence(report))
+    if report.rounded and not job.json:
+        unasked = " (--dtype float32 keeps them as they are)" if job.dtype is None else ""
+        print(f"weights are rounded from {report.rounded}{unasked}")
     return 0
 
 

@@ -15,12 +15,13 @@ import numpy as np
 from convert.checkpoint import open_own
 from convert.chunks import FolderSource
 from convert.destination import check_apart, check_destination, is_finished, work_folder
-from convert.dtypes import weight_dtype
+from convert.dtypes import FLOAT32, weight_dtype
 from convert.files import expanded, first_bytes, identity, listing, shown
-from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
+from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder, splitting_warnings
 from convert.hugging_face import HuggingFaceSink, HuggingFaceSource
 from convert.names import arrays_of
 from convert.native import MANIFEST, NativeSink, NativeSource
+from convert.step_folder import meant_step, newest_step
 from convert.step_source import StepSource, reading_bytes
 from convert.stream import Part, Progress, Tally, copy_arrays
 from convert.workspace import Workspace, open_workspace, remove_leftovers
@@ -40,6 +41,8 @@ class Report:
     bytes_resumed: int = 0
     """Of these, kept from an earlier run that was cut off, after checking them."""
     seconds: float = 0.0
+    rounded: str = ""
+    """From which number formats to which, as "float32 to bfloat16"; empty if no numbers were rounded."""
     warnings: tuple[str, ...] = ()
 
 
@@ -110,7 +113,11 @@ def convert_to_hf(
     """
     folder = expanded(source)
     if not (folder / MANIFEST).is_file():
-        raise ValueError(f"{shown(folder)} is not a checkpoint of ours: it has no {MANIFEST}")
+        step, which = meant_step(folder), "did you mean"
+        if step is None:
+            step, which = newest_step(folder), "the run's newest step is"
+        hint = "" if step is None else f"; {which} {shown(step)}"
+        raise ValueError(f"{shown(folder)} is not a checkpoint of ours: it has no {MANIFEST}{hint}")
     opened = open_own(folder)
     if dtype is None and isinstance(opened, StepSource):
         dtype = opened.weight_dtype
@@ -132,9 +139,10 @@ def convert_to_hf(
         sink.finish()
         return tally
 
-    return run_conversion(
+    report = run_conversion(
         opened, [folder / MANIFEST], Path(destination), options, dtype, max_host_memory, overwrite, write
     )
+    return dataclasses.replace(report, warnings=(*report.warnings, *splitting_warnings(folder)))
 
 
 def parse_size(size: int | str) -> int:
@@ -208,8 +216,16 @@ def run_conversion(
         bytes=tally.bytes_total,
         bytes_resumed=tally.bytes_resumed,
         seconds=tally.seconds,
+        rounded=_rounded(set(source.dtypes.values()), target),
         warnings=tuple(warnings),
     )
+
+
+def _rounded(stored: set[np.dtype], target: np.dtype | None) -> str:
+    if target is None or target == FLOAT32:
+        return ""
+    others = sorted(dtype.name for dtype in stored - {target})
+    return f"{' and '.join(others)} to {target}" if others else ""
 
 
 def _read_files(folder: Path, watched: list[Path]) -> list[Path]:

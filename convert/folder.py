@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from convert.files import expanded, read_json, shown
+from convert.step_folder import meant_step, newest_step
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.json_object import brief
 
@@ -45,6 +46,8 @@ def local_folder(
         return path
     if os.path.lexists(path):
         raise ValueError(f"{shown(path)} is a file; a checkpoint is a folder with config.json and weights")
+    if (step := meant_step(path)) is not None:
+        raise ValueError(f"there is no folder {shown(path)}; did you mean {shown(step)}?")
     name = os.fspath(source)
     if not re.fullmatch(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", name, re.ASCII):
         raise ValueError(
@@ -86,9 +89,9 @@ def _downloaded(name: str, weights: str) -> Path:
 def read_config(folder: Path) -> Qwen2Config:
     """Raises ValueError, naming the folder, if config.json is missing, malformed, or not a model that is supported."""
     if not os.path.lexists(folder / "config.json"):
-        raise ValueError(
-            f"config.json is missing in {shown(os.path.abspath(folder))}; expected the folder of a checkpoint"
-        )
+        step = newest_step(folder)
+        hint = "expected the folder of a checkpoint" if step is None else f"the run's newest step is {shown(step)}"
+        raise ValueError(f"config.json is missing in {shown(os.path.abspath(folder))}; {hint}")
     hf = read_json(folder / "config.json")
     try:
         return Qwen2Config.from_hf(hf)
@@ -119,6 +122,19 @@ def carried_files(folder: Path) -> list[Path]:
             what = "a link to something that is not there" if path.is_symlink() else "not a file"
             raise ValueError(f"{shown(path)} is {what}; restore the file, or remove it")
     return present
+
+
+def splitting_warnings(folder: Path) -> list[str]:
+    """One if transformers will not encode text as the tokenizer in `folder` does, else none."""
+    from qwen2_jax.tokenizer import splits_otherwise  # its library is of no use to most of the converter
+
+    if not splits_otherwise(folder):
+        return []
+    return [
+        f"{shown(folder)}: the tokenizer does not split text as Qwen2's does; transformers will, for models of this "
+        'type, and get other ids from the same text ("A small model of one\'s own" in docs/training.md makes one that '
+        "agrees)"
+    ]
 
 
 def check_vocabulary(folder: Path, config: Qwen2Config) -> None:

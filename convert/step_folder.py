@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,8 @@ from qwen2_jax.json_object import brief, parse_json
 
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "qwen2_jax training step", 1
+STEP_NAME = re.compile(r"\d{8,}")
+"""Of a step folder: its number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,21 @@ def is_step_folder(folder: Path) -> bool:
     """Whether the manifest in `folder`, damaged or not, is that of a training step."""
     path = folder / MANIFEST
     return path.exists() and FORMAT.encode() in path.read_bytes()[:1000]
+
+
+def newest_step(folder: Path) -> Path | None:
+    """Of a training run, for somebody who took the folder of the run, or of its checkpoints, for a step."""
+    for place in (folder / "checkpoints", folder):
+        numbered = [step for step in place.glob("*") if STEP_NAME.fullmatch(step.name)]
+        if whole := [step for step in numbered if (step / MANIFEST).is_file()]:
+            return max(whole, key=lambda step: int(step.name))
+    return None
+
+
+def meant_step(path: Path) -> Path | None:
+    """The step 00000300 beside `path`, which is not there, if that is named 300."""
+    step = path.parent / path.name.zfill(8)
+    return step if STEP_NAME.fullmatch(step.name) and os.path.isfile(step / MANIFEST) else None
 
 
 def small_files(folder: Path, state: str) -> dict[str, str]:

@@ -163,6 +163,9 @@ class Qwen2Config:
         if not isinstance(hf, Mapping):
             raise ValueError(f"config.json: expected an object with the model's fields, got {type(hf).__name__}")
         model_type = hf.get("model_type")
+        if model_type is None:
+            types = " or ".join(f'"model_type": "{name}"' for name in MODEL_TYPES)
+            raise ValueError(f"config.json: it names no model_type; write {types} there if it describes such a model")
         if not isinstance(model_type, str) or model_type not in MODEL_TYPES:
             raise ValueError(f"config.json: model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
 

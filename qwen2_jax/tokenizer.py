@@ -1,6 +1,7 @@
 """Text to token ids and back: the byte-level BPE that all Qwen2 models share."""
 
 import codecs
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ _PIECES = (
 )
 # Letters, digits, white space, and characters of two, three and four bytes. Comes back from any byte-level tokenizer.
 _PROBE = "Hi 12\r\n é 世 👍"
+# At which other tokenizers' rules, GPT-2's say, put their cuts elsewhere, or normalize otherwise.
+_SPLIT_PROBE = "It's IT'S 123 (a)b.c !?\r\n\n  e\u0301 x_y\t\tz 世界…  "
 _CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_START = "<|im_start|>"
 
 
 class Tokenizer:
@@ -106,14 +110,24 @@ class Tokenizer:
         decoder = StreamDecoder(self, control_tokens=control_tokens)
         return decoder.add(ids) + decoder.finish()
 
+    def byte_counts(self, ids: Iterable[int]) -> list[int]:
+        """How many bytes of text, in UTF-8, each id stands for."""
+        decoder = StreamDecoder(self)
+        return [len(decoder.bytes_of(id)) for id in ids]
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The text of a chat, ready for `encode`; `variables` are the template's own, for example `tools`.
 
         Raises:
-          ValueError: if the template refuses the messages.
+          ValueError: if the template refuses the messages, or marks them by a token that the tokenizer does not have.
         """
+        if _START in self.template and self.control_id(_START) is None:
+            raise ValueError(
+                f"the tokenizer has no token {_START}, which chats begin their messages with: this is no chat model, "
+                "so give it the text itself (generate without --chat)"
+            )
         variables = {**self._named_tokens, "tools": None, "documents": None, **variables}
         return chat_template.render(self.template, messages, add_generation_prompt=add_generation_prompt, **variables)
 
@@ -140,13 +154,14 @@ class StreamDecoder:
 
     def add(self, ids: Iterable[int]) -> str:
         """The characters that these ids complete. Ids that are no token (rows of padding) are no text."""
-        return self._utf8.decode(b"".join(map(self._bytes, ids)))
+        return self._utf8.decode(b"".join(map(self.bytes_of, ids)))
 
     def finish(self) -> str:
         """What is left of a character that never became whole."""
         return self._utf8.decode(b"", final=True)
 
-    def _bytes(self, id: int) -> bytes:
+    def bytes_of(self, id: int) -> bytes:
+        """What one id stands for, of which several may make up a character."""
         if id in self._added:
             return self._added[id]
         token = self._token(id) or ""
@@ -176,6 +191,38 @@ def tokenizer_file(folder: Path) -> Path | None:
     return vocab if vocab.exists() and merges.exists() else None
 
 
+def splits_otherwise(folder: Path) -> bool:
+    """Whether the tokenizer in a folder cuts text into other pieces than Qwen2's do, before BPE.
+
+    transformers gives a model of this type Qwen2's pieces, whatever tokenizer.json says. False for a file that cannot
+    be read: who needs the tokenizer says why.
+    """
+    if (source := tokenizer_file(folder)) is None or source.name != "tokenizer.json":
+        return False
+    try:
+        # Without its vocabulary, which takes time and memory.
+        rules = json.loads(source.read_bytes()) | {"model": {"type": "BPE", "vocab": {}, "merges": []}}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(rules | {"added_tokens": [], "post_processor": None}))
+    except Exception:  # the library raises nothing narrower
+        return False
+    return _pieces(backend.normalizer, backend.pre_tokenizer) != _pieces(normalizers.NFC(), _pre_tokenizer())
+
+
+def _pieces(normalizer: Any, pre_tokenizer: Any) -> list[str]:
+    text = _SPLIT_PROBE if normalizer is None else normalizer.normalize_str(_SPLIT_PROBE)
+    return [text] if pre_tokenizer is None else [piece for piece, _ in pre_tokenizer.pre_tokenize_str(text)]
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Qwen2's."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
 def _backend(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     """The tokenizer of a folder, and the file that it comes from."""
     source = tokenizer_file(folder)
@@ -187,12 +234,7 @@ def _backend(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
         else:
             backend = tokenizers.Tokenizer(models.BPE.from_file(str(source), str(folder / "merges.txt")))
             backend.normalizer = normalizers.NFC()
-            backend.pre_tokenizer = pre_tokenizers.Sequence(
-                [
-                    pre_tokenizers.Split(tokenizers.Regex(_PIECES), behavior="isolated"),
-                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-                ]
-            )
+            backend.pre_tokenizer = _pre_tokenizer()
             backend.decoder = decoders.ByteLevel()
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{source} cannot be read as a tokenizer: {error}") from error

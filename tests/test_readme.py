@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import json
 import math
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import jax
 import pytest
+import transformers
 
 from convert import save_checkpoint
 from convert.cli import Job
@@ -22,6 +24,7 @@ from qwen2_jax.commands import chat, evaluate, generate
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import abstract_params, init_params
 from qwen2_jax.sizes import PUBLISHED
+from qwen2_jax.tokenizer import Tokenizer
 from sharding import cli as plan
 from tests.oracles.tokenizers import write_byte_tokenizer
 from train.data import tokenize_job
@@ -173,6 +176,28 @@ def test_the_program_of_the_data_runs(capsys):
     assert program.count("10**7") == 2
     exec(compile(program.replace("10**7", "10**4"), "<data.md>", "exec"), {"__name__": "data"})
     assert float(capsys.readouterr().out) < 5
+
+
+def test_the_small_model_of_ones_own(qwen_files, tmp_path, monkeypatch, capsys):
+    """The recipe of docs/training.md, for two steps: transformers reads the tokenizer of what comes out as we do."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    section = page[page.index("## A small model") : page.index("## Run files")]
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert program.count('"Qwen/Qwen2-0.5B"') == 1
+    monkeypatch.chdir(tmp_path)
+    texts = [path.read_text() for path in (ROOT / "train").glob("*.py")]
+    Path("texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    exec(compile(program.replace('"Qwen/Qwen2-0.5B"', repr(str(qwen_files))), "<training.md>", "exec"), {})
+    tokenize, pretrain = map(shlex.split, commands(section))
+    assert main(tokenize) == 0
+    assert main([*pretrain, "--steps", "2", "--warmup", "1", "--seq", "64"]) == 0
+    assert main(["convert", "to-hf", "runs/small/checkpoints/00000002", "hf"]) == 0
+    assert "warning" not in capsys.readouterr().err
+    ours, theirs = Tokenizer.from_folder("hf"), transformers.AutoTokenizer.from_pretrained("hf")
+    for text in (*texts, "e\u0301 IT'S 123\r\n\n  x<|endoftext|>世界"):
+        assert ours.encode(text) == theirs(text).input_ids
+    config = json.loads(Path("hf/config.json").read_text())
+    assert config["eos_token_id"] == theirs.convert_tokens_to_ids("<|endoftext|>") == 0
 
 
 @pytest.mark.parametrize("program", re.findall(r"```python\n(.*?)```", README, re.DOTALL))

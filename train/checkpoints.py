@@ -30,6 +30,7 @@ from convert.files import FULL, listing, sync, sync_tree
 from convert.folder import carried_files
 from convert.step_folder import (
     MANIFEST,
+    STEP_NAME,
     Manifest,
     Stored,
     check_arrays,
@@ -45,7 +46,6 @@ _ABANDONED = "manifest.abandoned.json"
 _PARTIAL = f".{MANIFEST}.partial"
 _NEW = ".new."  # before the name of a file that takes the place of another once the manifest names it
 _COMMIT_SECONDS = 3600  # a network's disk may take long over many files; JAX itself notices processes that die
-_STEP = re.compile(r"\d{8,}")
 _STATE = re.compile(r"state-(\d+)(\.orbax.*)?")  # the second part while Orbax writes
 _LOG = logging.getLogger(__name__)
 _OF_NO_USE = re.compile(r".*Skipping merge of OCDBT|TensorStore data files not found|.*run\(\) raised an exception")
@@ -169,7 +169,7 @@ class Checkpoints:
         """The steps that are there as a whole, in order; always looked up, never remembered."""
         if not self.folder.exists():
             return []
-        entries = [entry for entry in self.folder.iterdir() if _STEP.fullmatch(entry.name)]
+        entries = [entry for entry in self.folder.iterdir() if STEP_NAME.fullmatch(entry.name)]
         return sorted(int(entry.name) for entry in entries if (entry / MANIFEST).exists())
 
     def latest(self) -> int | None:
@@ -305,7 +305,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             torn = {self._place(step)}
             if self._saves == 1 and self.folder.exists():
-                torn |= {entry for entry in self.folder.iterdir() if _STEP.fullmatch(entry.name)}
+                torn |= {entry for entry in self.folder.iterdir() if STEP_NAME.fullmatch(entry.name)}
             for place in torn:
                 if place.exists():
                     _remove_remains(place)

@@ -18,6 +18,9 @@ from train.step import Metrics, TrainState
 from train.stopping import STOPPED, StopRequest
 from train.validation import Validation
 
+_LONG = 60
+"""Seconds of a step after which somebody may ask whether it is stuck."""
+
 
 class Stage(NamedTuple):
     """A phase, made ready: its steps are `first` + 1 to `last` of the run."""
@@ -84,6 +87,7 @@ class Loop:
         self._saved = self._step if self._step in checkpoints.steps() else None
         self._own = {self._step}  # steps of this very run; there may be others, of one that was abandoned
         self._interval = _Interval(self._step, 0.0)
+        self._told: set[str] = set()
 
     def run(self) -> int:
         """Trains. Returns the exit status: 0, or STOPPED if it was asked to stop, with everything saved.
@@ -100,7 +104,9 @@ class Loop:
             status = self._run_stage(number)
         self._save()
         self._checkpoints.wait()
-        if not status:  # who is asked to stop has no time to read
+        if status:  # who is asked to stop has no time to read
+            self._reporter.event("stopped", step=self._step, next="it is saved; the same command goes on from it")
+        else:
             self._checkpoints.verify(self._step)
             self._reporter.event("finished", step=self._step)
         return status
@@ -119,28 +125,26 @@ class Loop:
             for index, batch in stream:
                 self._state, metrics = self._take_step(number, batch)
                 self._step += 1
-                stop = self._stop.seen()
                 last = self._step == stage.last
-                validates = last or self._step % self._limits.validate_every == 0
-                validation = stage.validation if validates and not stop else None  # who is stopped has no time
+                validation = stage.validation if last or self._step % self._limits.validate_every == 0 else None
                 reports = last or validation or self._step % self._limits.log_every == 0
                 saves = self._step % self._limits.save_every == 0
-                ends = stop or last or self._position(number, self._step) != index + 1
+                ends = last or self._position(number, self._step) != index + 1
                 # Looking at a step while the next one runs leaves no gap between them.
                 unseen.append((self._step, metrics))
-                now = len(unseen) if reports or saves or ends else len(unseen) - 1
-                seen, unseen = unseen[:now], unseen[now:]
-                bad = next((step for step, metrics in seen if self._must_go_back(step, metrics)), None)
+                bad = self._first_bad(unseen, len(unseen) if reports or saves or ends else len(unseen) - 1)
+                stop = self._stop.seen()  # not before: while a step is waited for is when signals come
+                if stop and bad is None:
+                    bad = self._first_bad(unseen, len(unseen))
                 if bad is not None:
                     self._go_back(number, bad)
                     return 0
                 self._checkpoints.check()
                 if reports:
-                    self._report(stage, metrics, validation)
+                    self._report(stage, metrics, None if stop else validation)  # who is stopped has no time
                 if saves:
                     self._save()
                 if stop:
-                    self._reporter.event("stopped", step=self._step)
                     return STOPPED
                 if ends:
                     return 0
@@ -169,13 +173,39 @@ class Loop:
             self._interval.pause(time.monotonic() - begin)
         return self._programs[number]
 
+    def _first_bad(self, unseen: list[tuple[int, Metrics]], count: int) -> int | None:
+        """Looks at so many steps, and takes them off the list; gives the first one that the run must go back for."""
+        seen, unseen[:count] = unseen[:count], []
+        return next((step for step, metrics in seen if self._must_go_back(step, metrics)), None)
+
     def _must_go_back(self, step: int, metrics: Metrics) -> bool:
         """Notes a step that was skipped. Waits for it."""
+        self._wait(step, metrics)
         accepted, in_a_row = jax.device_get((metrics.accepted, metrics.in_a_row))
         if not accepted:
             loss, norm = jax.device_get((metrics.loss, metrics.gradient_norm))
             self._reporter.event("skip", step=step, in_a_row=in_a_row, loss=loss, gradient_norm=norm)
         return bool(in_a_row > self._limits.max_skips)
+
+    def _wait(self, step: int, metrics: Metrics) -> None:
+        """Until a step is through; says so, once in a run, when that takes long, or when it is to be the last.
+
+        Asks again and again, for within JAX's own wait no signal would come to anything.
+        """
+        begin = time.monotonic()
+        while not metrics.accepted.is_ready():  # type: ignore[attr-defined]  # of every array, though not declared
+            waited = time.monotonic() - begin
+            time.sleep(min(max(waited / 20, 1e-4), 0.05))  # hardly longer than the step takes
+            if waited >= _LONG:
+                self._tell("running", step=step, seconds=_LONG)
+            if self._stop.asked:
+                self._tell("stopping", step=self._step, when="after this step", again=self._stop.again)
+
+    def _tell(self, event: str, **fields: Any) -> None:
+        """Of the first event of a name only."""
+        if event not in self._told:
+            self._told.add(event)
+            self._reporter.event(event, **fields)
 
     def _go_back(self, number: int, bad: int) -> None:
         """To the newest checkpoint; the batches since then, up to that of step `bad`, are passed over from now on.

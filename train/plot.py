@@ -55,6 +55,8 @@ def run(options: Plot) -> int:
         raise ValueError("no run to plot; give the folder of one or more")
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise ValueError(f"--out is a picture to write, in a folder that is there; got {options.out}")
+    if options.out.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"--out is a PNG, the only kind of picture that is drawn; name it .png, got {options.out}")
     histories = [read_metrics(folder) for folder in options.runs]
     for folder, history in zip(options.runs, histories, strict=True):
         if not history.steps:

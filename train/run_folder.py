@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ from train.run import Run
 from train.run_file import as_options
 
 OPTIONS, STARTS, PASSED_OVER, CHECKPOINTS = "run.yaml", "starts.jsonl", "passed_over.json", "checkpoints"
+MODEL = "model"
+"""What checkpoints hold of their model, a folder for each phase."""
+_LOCK = ".lock"
 
 _PACKAGES = ("qwen2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _FREE = frozenset(
@@ -47,17 +51,18 @@ class Window(NamedTuple):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps it for this run alone.
+    """Makes the folder and keeps it for this run alone; a start that fails before it has written more takes it back.
 
     Raises:
       ValueError: if another process trains into it.
       OSError: if it cannot be written.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() != 0:  # the first process answers for the others
         yield
         return
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,6 +72,11 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems of clouds may have no locks
                 raise
         yield
+    except BaseException:
+        # Nothing of somebody else's is in a folder that was not there before.
+        if made and set(os.listdir(folder)) <= {_LOCK, MODEL}:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
     finally:
         os.close(descriptor)
 

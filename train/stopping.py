@@ -30,6 +30,16 @@ class StopRequest:
             return self._stopping
         return self._asked
 
+    @property
+    def asked(self) -> bool:
+        """Whether this process was asked, which it may be in the middle of a step."""
+        return self._asked
+
+    @property
+    def again(self) -> str:
+        """What asking once more does."""
+        return "changes nothing: all processes save and end together" if self._several else "ends the run on the spot"
+
     def _note(self, number, frame) -> None:
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX listens for it, and tells the other processes

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from jax.sharding import Mesh
 from convert.checkpoint import open_checkpoint
 from convert.chunks import Source
 from convert.files import shown, write_whole
-from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
+from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder, splitting_warnings
 from convert.load import load_open
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import abstract_params
-from qwen2_jax.tokenizer import tokenizer_file
+from qwen2_jax.tokenizer import Tokenizer, tokenizer_file
 from sharding.checks import check_divides
 from sharding.mesh import MeshSpec, make_mesh
 from sharding.planner.advice import ways_to_fit
@@ -31,6 +32,7 @@ from sharding.planner.request import Optimizer, Request, read_config
 from sharding.run import run_options
 from train.checkpoints import Checkpoints
 from train.data.batches import Batches
+from train.data.encode import end_id
 from train.data.packing import Rows
 from train.guard import Guard
 from train.loop import Limits, Loop, Stage
@@ -40,7 +42,7 @@ from train.report.profile import Profile
 from train.report.reporter import Reporter
 from train.report.throughput import work
 from train.run import Phase, Run
-from train.run_folder import CHECKPOINTS, locked, note_start, read_windows
+from train.run_folder import CHECKPOINTS, MODEL, locked, note_start, read_windows
 from train.schedule import LearningRate
 from train.step import TrainState, abstract_state, init_state, make_train_step, new_state, state_shardings
 from train.stopping import watch_for_stop
@@ -76,6 +78,9 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
     config, weights = _model(run)
     tokenizer = tokenizer_of(run)
     check_vocabulary(tokenizer, config)
+    for warning in splitting_warnings(tokenizer) if jax.process_index() == 0 else ():
+        print(f"qwen2-jax: warning: {warning}", file=sys.stderr)
+    config = _with_end(config, tokenizer)
     spec = MeshSpec.parse(run.compute.mesh).resolve(jax.device_count())
     phases = run.stretches
     configs = [_config_of(config, phase) for phase in phases]
@@ -184,6 +189,21 @@ def _model(run: Run) -> tuple[Qwen2Config, Source | None]:
     return read_config(start.model), None
 
 
+def _with_end(config: Qwen2Config, tokenizer: Path) -> Qwen2Config:
+    """The model's config.json with the token that ends a document in it, unless it names one.
+
+    transformers generates without an end where neither it nor generation_config.json does.
+    """
+    hf = config.to_hf()
+    if hf.get("eos_token_id") is not None:
+        return config
+    try:
+        end = end_id(Tokenizer.from_folder(tokenizer), None)
+    except ValueError:  # the data's own error, should it need one
+        return config
+    return Qwen2Config.from_hf({**hf, "eos_token_id": end})
+
+
 def _config_of(config: Qwen2Config, phase: Phase) -> Qwen2Config:
     return config if phase.rope_theta is None else dataclasses.replace(config, rope_theta=phase.rope_theta)
 
@@ -197,7 +217,10 @@ def _check(run: Run, config: Qwen2Config, phase: Phase, spec: MeshSpec) -> None:
     rows = phase.batch // phase.accumulate
     check_divides(config, spec, rows, phase.seq)
     if config.max_length is not None and phase.seq > config.max_length:
-        raise ValueError(f"the model has positions for {config.max_length} tokens, got --seq {phase.seq}")
+        raise ValueError(
+            f"the model has positions for {config.max_length} tokens, and rows would have {phase.seq}; give --seq "
+            f"{config.max_length} or less"
+        )
     chip = chip_of(jax.devices()[0].device_kind)
     if chip is None or run.compute.no_plan:
         return
@@ -233,8 +256,11 @@ def _optimizer(run: Run) -> optax.GradientTransformation:
     if how.schedule == "wsd":
         decay = max(1, run.steps // 10) if how.decay is None else how.decay
     if how.warmup + decay > run.steps:
-        ends = f" and --decay {decay}" if decay else ""
-        raise ValueError(f"--warmup {how.warmup}{ends} do not fit into a run of {run.steps} steps; shorten them")
+        ends = f" and a decay of {decay} at its end" if decay else ""
+        fitting = f"--warmup {max(run.steps - decay, 0)} or less" + (", or a shorter --decay" if decay else "")
+        raise ValueError(
+            f"a warm-up of {how.warmup} steps{ends} does not fit into a run of {run.steps} steps; give {fitting}"
+        )
     rate = LearningRate(how.learning_rate, how.schedule, how.warmup, decay, how.final_rate).over(run.steps)
     return adamw(
         rate,
@@ -292,7 +318,7 @@ def _first_state(
 def _write_model(run: Run, config: Qwen2Config, tokenizer: Path, phase: int) -> Path:
     """A folder with what a checkpoint of this phase says of its model."""
     assert run.out is not None
-    folder = run.out / "model" / f"phase-{phase + 1}"
+    folder = run.out / MODEL / f"phase-{phase + 1}"
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", config_bytes(config, np.dtype(run.compute.dtype)))

@@ -73,12 +73,14 @@ def test_exports_in_the_dtype_of_the_model(kind, make_step, tmp_path, run, tools
     other.close()
     status, out, error = run("to-hf", tmp_path / "other/00000001", tmp_path / "out")
     assert status == 0, error
+    assert "\nweights are rounded from float32 to bfloat16 (--dtype float32 keeps them as they are)\n" in out
     assert {dtype for dtype, _, _ in tools.read_tensors(tmp_path / "out").values()} == {"BF16"}
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert run("verify", tmp_path / "out", source)[0] == 0  # the wider numbers round to these
 
-    assert run("to-hf", tmp_path / "other/00000001", tmp_path / "wide", "--dtype", "float32")[0] == 0
+    status, out, error = run("to-hf", tmp_path / "other/00000001", tmp_path / "wide", "--dtype", "float32")
+    assert (status, error, "rounded" in out) == (0, "", False)
     assert tools.read_tensors(tmp_path / "wide") == tools.read_tensors(source)
     assert json.loads((tmp_path / "wide/config.json").read_text())["torch_dtype"] == "float32"
     status, out, error = run("to-hf", tmp_path / "other/00000001", tmp_path / "out")
@@ -98,6 +100,35 @@ def test_experts_are_made_of_a_dense_step(make_step, run, tmp_path):
     for name, dense in (("a", source), ("b", step)):
         assert run("upcycle", dense, tmp_path / name, *UPCYCLE)[0] == 0
     assert run("verify", tmp_path / "a", tmp_path / "b")[0] == 0
+
+
+def test_says_which_step_was_meant(make_step, run, tmp_path, monkeypatch):
+    _, step = make_step("dense")
+    runs = tmp_path / "runs/a/checkpoints"
+    for number in (7, 12, 200_000_000):
+        shutil.copytree(step, runs / f"{number:08}")
+    (runs / "200000000/manifest.json").unlink()  # no step yet
+    for folder in (runs, runs.parent):
+        for job in (["to-hf", folder, tmp_path / "out"], ["verify", folder, step]):
+            status, _, error = run(*job)
+            assert (status, error.count("\n")) == (2, 1)
+            assert f"the run's newest step is {runs}/00000012" in error
+    monkeypatch.chdir(runs.parent)
+    for job in (["to-hf", "checkpoints/12", tmp_path / "out"], ["verify", "checkpoints/12", step]):
+        assert "did you mean checkpoints/00000012?" in run(*job)[2]
+
+
+def test_warns_of_a_tokenizer_that_transformers_would_change(make_step, run, tmp_path):
+    source, _ = make_step("dense")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    for name, rule, told in (("own", {"type": "WhitespaceSplit"}, True), ("none", "damaged", False)):
+        (source / "tokenizer.json").write_text(json.dumps(tokenizer | {"pre_tokenizer": rule}))
+        _, params = load_checkpoint(source, stacked=True)
+        steps = Checkpoints(tmp_path / name, source)
+        steps.save(1, {"params": params})
+        steps.close()
+        status, _, error = run("to-hf", tmp_path / name / "00000001", tmp_path / f"out-{name}")
+        assert (status, "warning" in error and "does not split text as Qwen2's does" in error) == (0, told)
 
 
 def test_every_flipped_bit_is_noticed_and_named(make_step):

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+QWEN2_PIECES = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+)
 
 
 def write_byte_tokenizer(folder: Path, tokens: Sequence[str] = ()) -> Path:
@@ -14,7 +22,7 @@ def write_byte_tokenizer(folder: Path, tokens: Sequence[str] = ()) -> Path:
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={letter: id for id, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFC(), QWEN2_PIECES
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(tokens))
     folder.mkdir(parents=True, exist_ok=True)

@@ -231,6 +231,7 @@ def dual_chunk(**block):
         ({"qkv_bias": False}, "qkv_bias = False is not part of qwen2"),
         ({"logit_softcap": 30.0}, "unknown key 'logit_softcap'"),
         ({"num_experts": 4}, "unknown key 'num_experts'"),
+        ({"model_type": None}, 'it names no model_type; write "model_type": "qwen2" or "model_type": "qwen2_moe"'),
         ({"model_type": "qwen3"}, "model_type must be one of qwen2, qwen2_moe, got 'qwen3'"),
         ({"hidden_size": "3584"}, "hidden_size must be int, got '3584'"),
         ({"hidden_size": 3584.0}, "hidden_size must be int, got 3584.0"),

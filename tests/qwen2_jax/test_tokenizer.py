@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from qwen2_jax.tokenizer import StreamDecoder, Tokenizer
+from qwen2_jax.tokenizer import StreamDecoder, Tokenizer, splits_otherwise
 
 VECTORS = {
     "What is the capital of France?": [3838, 374, 279, 6722, 315, 9625, 30],
@@ -320,6 +320,30 @@ def test_only_byte_level_tokenizers(tiny, changes):
     change_tokenizer(tiny, **changes)
     with pytest.raises(ValueError, match=r"tokenizer\.json is not a byte-level BPE tokenizer"):
         Tokenizer.from_folder(tiny)
+
+
+@pytest.mark.parametrize(
+    ("changes", "otherwise"),
+    [
+        ({}, False),
+        ({"normalizer": None}, True),
+        ({"pre_tokenizer": None}, True),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}}, True),  # GPT-2's
+        ({"pre_tokenizer": {"type": "NoSuchThing"}}, False),  # what cannot be read is told of elsewhere
+    ],
+)
+def test_tokenizers_that_transformers_would_change(tiny, changes, otherwise, qwen_files):
+    rules = json.loads((qwen_files / "tokenizer.json").read_text())
+    change_tokenizer(tiny, **{name: rules[name] for name in ("normalizer", "pre_tokenizer")} | changes)
+    assert splits_otherwise(tiny) == otherwise
+    assert not splits_otherwise(qwen_files)
+
+
+def test_chats_need_their_tokens(tiny):
+    with pytest.raises(ValueError, match=r"no token <\|im_start\|>, .* generate without --chat"):
+        Tokenizer.from_folder(tiny).apply_chat_template(QUESTION)
+    (tiny / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert Tokenizer.from_folder(tiny).apply_chat_template(QUESTION) == " hi \n"
 
 
 @pytest.mark.parametrize("id", ["1e999", "-1", "NaN", str(2**40), '"x"'])

@@ -1,20 +1,24 @@
 """What the loop does when steps go wrong: skips them, goes back, passes over their data, and gives up in the end."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.train.runs import BATCH, Crash, RandomRows, crash_at, curves, digests, events
+from train.loop import Loop
 from train.pretraining import Pretraining
 from train.run import Phase
 from train.run_folder import Window, read_windows
+from train.stopping import STOPPED
 
 POISON = 263
 """A token that the loss of a batch becomes NaN by, or large, if it stands first in one of its rows."""
@@ -262,6 +266,30 @@ def test_who_asks_twice_does_not_wait(first, second):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout == "asked\n" and done.returncode == -getattr(signal, second)
+
+
+def test_a_long_step_is_told_of_and_how_to_stop_it(train_run, tmp_path, monkeypatch):
+    """Once each; a signal that comes while a step is waited for is heard, and no further step is begun."""
+    monkeypatch.setattr("train.loop._LONG", 0)
+    original = Loop._wait
+
+    def wait(loop, step, metrics):
+        looks = itertools.count()
+
+        def is_ready():
+            look = next(looks)
+            if (step, look) == (3, 2):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return look > 4
+
+        original(loop, step, metrics._replace(accepted=types.SimpleNamespace(is_ready=is_ready)))
+
+    monkeypatch.setattr(Loop, "_wait", wait)
+    assert train_run(tmp_path / "run", "--log-every", 6).status == STOPPED
+    assert train_run.seen.batches[-1][0] == 4, "the fourth step was under way when the third was waited for"
+    (running,), (stopping,) = events(tmp_path / "run", "running"), events(tmp_path / "run", "stopping")
+    assert running["step"] == 1
+    assert (stopping["step"], stopping["again"]) == (4, "ends the run on the spot")
 
 
 def test_events_are_lines_of_json(poisoned, tmp_path):

@@ -114,6 +114,13 @@ def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch):
     assert seen == [str(folder) for folder in folders]
 
 
+def test_no_other_kind_of_picture_is_promised(tmp_path):
+    folder = make_run(tmp_path / "good", [(0, [1])])
+    with pytest.raises(ValueError, match="--out is a PNG, .* name it .png, got .*loss.svg"):
+        run(Plot((folder,), tmp_path / "loss.svg"))
+    assert run(Plot((folder,), tmp_path / "loss.PNG")) == 0
+
+
 def test_what_cannot_be_drawn(tmp_path):
     good, out = make_run(tmp_path / "good", [(0, [1])]), tmp_path / "out.png"
     early, bad, empty = make_run(tmp_path / "early", [(0, [])]), tmp_path / "bad", tmp_path / "empty"

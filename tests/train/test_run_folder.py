@@ -31,6 +31,21 @@ def test_the_lock(tmp_path):
         pass
 
 
+def test_a_start_that_fails_takes_back_what_it_made(tmp_path):
+    def fail(folder):
+        with pytest.raises(RuntimeError), locked(folder):
+            (folder / "model" / "phase-1").mkdir(parents=True)
+            if folder.name == "text":
+                (folder / "tokens").mkdir()  # which took long, and is found again
+            raise RuntimeError
+
+    (tmp_path / "old").mkdir()
+    for name in ("new", "old", "text"):
+        fail(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "text"]
+    assert (tmp_path / "old/model").exists(), "it may be somebody's own"
+
+
 def test_options_and_starts(tmp_path):
     run = read_run(["--out", str(tmp_path), "--data", "a", "--steps", "5", "--profile", "1", "2"])
     assert note_start(run, tmp_path, 0) == []

@@ -98,7 +98,8 @@ def test_a_signal(number, train_run, undisturbed, tmp_path):
     stopped = train_run(tmp_path / "run", before=lambda step: os.kill(os.getpid(), number) if step == 7 else None)
     assert stopped.status == STOPPED == 75
     assert handlers == [signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)]
-    assert [event["step"] for event in events(tmp_path / "run", "stopped")] == [7]
+    (event,) = events(tmp_path / "run", "stopped")
+    assert (event["step"], event["next"]) == (7, "it is saved; the same command goes on from it")
     seen = train_run(tmp_path / "run")
     assert stopped.batches + seen.batches == whole.batches
     assert_equal_runs(tmp_path / "run", folder)
@@ -277,9 +278,9 @@ def test_a_folder_that_cannot_be_made(train_run, tmp_path):
         ("--mesh dta=8", "unknown mesh axis 'dta'"),
         ("--mesh data=3", "mesh data=3 is 3 devices, but there are 8"),
         ("--mesh tensor=-1,data=-1", "only one axis of a mesh can take what is left"),
-        ("--seq 128", "the model has positions for 64 tokens, got --seq 128"),
-        ("--warmup 13", "--warmup 13 do not fit into a run of 12 steps"),
-        ("--schedule wsd --warmup 10 --decay 5", "--warmup 10 and --decay 5 do not fit into a run of 12 steps"),
+        ("--seq 128", "the model has positions for 64 tokens, and rows would have 128; give --seq 64 or less"),
+        ("--warmup 13", "a warm-up of 13 steps does not fit into a run of 12 steps; give --warmup 12 or less"),
+        ("--schedule wsd --warmup 10 --decay 5", "a warm-up of 10 .* a decay of 5 .* give --warmup 7 or less, or a sh"),
         ("--attention nonesuch", "nonesuch"),
         ("--compilation-cache programs", "--compilation-cache does not work with several CPU devices"),
         ("--resume 3", "has no checkpoint of step 3 to resume from; there are: none"),
@@ -294,6 +295,7 @@ def test_refuses_before_compiling(flags, message, train_run, tmp_path, monkeypat
     monkeypatch.setattr(Loop, "_program", lambda *_: pytest.fail("compiled"))
     with pytest.raises(ValueError, match=message):
         train(run, Pretraining(), lambda number, phase: RandomRows(phase.seq))
+    assert not (tmp_path / "run").exists(), "a start that was refused leaves nothing"
 
 
 @pytest.mark.parametrize(
@@ -400,6 +402,34 @@ def test_damaged_records_are_named(train_run, tmp_path, capsys, monkeypatch):
     run = dataclasses.replace(run, text=dataclasses.replace(run.text, cache=tmp_path / "other"))
     with pytest.raises(ValueError, match="5 bad records, more than the 4 that --max-bad-records allows"):
         rows_of_text(run)(0, run.stretches[0])
+
+
+def test_the_end_of_generation_is_that_of_documents(train_run, model, tmp_path, capsys):
+    """transformers generates without an end where config.json names none."""
+    config = json.loads((model / "config.json").read_text())
+    ends = []
+    for given in ({}, {"eos_token_id": None}, {"eos_token_id": 7}):
+        folder = shutil.copytree(model, tmp_path / f"model{len(ends)}")
+        (folder / "config.json").write_text(json.dumps(config | given))
+        with pytest.raises(Crash):
+            train_run(tmp_path / f"run{len(ends)}", "--model", folder, before=crash_at(1))
+        saved = json.loads((tmp_path / f"run{len(ends)}/checkpoints/00000000/config.json").read_text())
+        assert saved == config | {"torch_dtype": "float32", "eos_token_id": saved["eos_token_id"]}
+        ends.append(saved["eos_token_id"])
+    assert ends == [256, 256, 7]
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_warns_of_a_tokenizer_that_transformers_would_change(train_run, model, tmp_path, capsys):
+    folder = shutil.copytree(model, tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(Crash):
+        train_run(tmp_path / "run", "--tokenizer", folder, before=crash_at(1))
+    error = capsys.readouterr().err
+    assert error.startswith("qwen2-jax: warning: ") and error.count("\n") == 1
+    assert f"{folder}: the tokenizer does not split text as Qwen2's does; transformers will" in error
 
 
 def test_needs_a_folder(train_run):

@@ -1,8 +1,9 @@
 """Full rows of shuffled documents, and mixtures of them: every row a pure function of the seed and its number.
 
-The documents of a source, in an order of its own for every epoch, make one stream of tokens without an end; row i is
-tokens i * T up to (i + 1) * T of it. So nothing is padded and nothing is dropped: a document that does not fit goes on
-in the next row, and the row in which an epoch ends is filled up with the beginning of the next.
+The documents of a source, in an order of its own for every epoch, make one stream of tokens without an end, cut into
+rows of T tokens. So nothing is padded and nothing is dropped: a document that does not fit goes on in the next row, and
+the row in which an epoch ends is filled up with the beginning of the next. Then rows are shuffled among their
+neighbors, or a batch would hold little else than one long document.
 """
 
 import functools
@@ -20,9 +21,10 @@ from train.loss import IGNORE
 
 _BLOCK = 1024  # documents of an order that are looked up together
 _BLOCKS = 32  # blocks whose lengths are summed up at a time: bounds the memory that an epoch's beginning takes
+_WINDOW = 10_000  # rows that are shuffled among each other, unless an epoch has fewer
 _SHARES = 10_000  # rows within which every mixture keeps its proportions
 
-_ORDER, _MIXTURE = 1, 2  # keys of what is drawn, so that no two draws are alike
+_ORDER, _MIXTURE, _ROWS = 1, 2, 3  # keys of what is drawn, so that no two draws are alike
 
 
 class Row(NamedTuple):
@@ -83,6 +85,8 @@ class PackedRows:
         # By content, so that neither a source's path nor the others in a mixture matter to its order.
         self._key = seed, int(store.digest[:16], 16)
         self._order = functools.lru_cache(2)(lambda epoch: Order(store, *self._key, epoch))
+        self._window = min(_WINDOW, store.tokens // seq)  # at most an epoch: no text twice before all of it once
+        self._shuffle = functools.lru_cache(8)(lambda window: Permutation(self._window, _ROWS, *self._key, window))
 
     @property
     def digest(self) -> str:
@@ -90,7 +94,7 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> Row:
         pieces, lengths = [], []
-        epoch, begin = divmod(index * self._seq, self._store.tokens)
+        epoch, begin = divmod(self.origin(index) * self._seq, self._store.tokens)
         left = self._seq
         while left:
             for document, skipped, length in self._order(epoch).documents(begin):
@@ -102,6 +106,11 @@ class PackedRows:
                     break
             epoch, begin = epoch + 1, 0
         return _row(np.concatenate(pieces), np.array(lengths))
+
+    def origin(self, index: int) -> int:
+        """Which row of the stream is row `index`: that of tokens origin * T up to (origin + 1) * T."""
+        window, place = divmod(index, self._window)
+        return window * self._window + int(self._shuffle(window)(np.array([place]))[0])
 
 
 class Order:
@@ -120,7 +129,8 @@ class Order:
             sums.append(np.add.reduceat(lengths, np.arange(0, len(lengths), _BLOCK)))
         self._begins = np.cumsum(np.concatenate(sums))
         """Of each block, in tokens of the epoch; and the epoch's end."""
-        self._block = functools.lru_cache(8)(self._look_up)
+        # As many as the rows of a window may need, in any order; 24 kB each.
+        self._block = functools.lru_cache(512)(self._look_up)
 
     def documents(self, begin: int) -> Iterator[tuple[int, int, int]]:
         """From the one with token `begin` of the epoch on: number, tokens of it before `begin`, and length."""

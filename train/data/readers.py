@@ -210,7 +210,7 @@ def _text_of(record: bytes, field: str, path: str, where: str, number: int) -> s
     if not isinstance(value, dict):
         return Bad(path, where, number, f"not a JSON object but {brief(value, 40)}")
     if field not in value:
-        return Bad(path, where, number, f"no field {field!r}, only {brief(list(value))}")
+        return Bad(path, where, number, f"no field {field!r}, only {brief(list(value))} (--field names one)")
     return _checked(value[field], field, path, where, number)
 
 
@@ -421,10 +421,11 @@ def _check_column(file: DataFile, schema: Any, field: str) -> None:
     import pyarrow
 
     if field not in schema.names:
-        raise ValueError(f"{shown(file.path)} has no column {field!r}; its columns are {', '.join(schema.names)}")
+        names = ", ".join(schema.names)
+        raise ValueError(f"{shown(file.path)} has no column {field!r}; --field names one, of {names}")
     kind = schema.field(field).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     types = pyarrow.types
     texts = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
     if not any(is_kind(kind) for is_kind in texts):
-        raise ValueError(f"column {field!r} of {shown(file.path)} is not text but {kind}; name another field")
+        raise ValueError(f"column {field!r} of {shown(file.path)} is not text but {kind}; --field names another")

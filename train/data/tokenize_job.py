@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from convert.files import cores, shown
-from convert.folder import local_folder
+from convert.folder import local_folder, splitting_warnings
 from qwen2_jax.command import interrupt_by_exception
 from qwen2_jax.progress import byte_progress
 from train.data.encode import Encoding
@@ -62,6 +62,8 @@ def run(options: Options) -> int:
     *sources, destination = options.paths
     interrupt_by_exception()
     tokenizer = local_folder(options.tokenizer, weights="none")
+    for warning in splitting_warnings(tokenizer):
+        print(f"qwen2-jax: warning: {warning}", file=sys.stderr)
     how = Encoding(str(tokenizer), options.field, options.end, options.control_tokens)
     with byte_progress("tokenizing", quiet=options.json) as progress:
         done = tokenize(
@@ -91,6 +93,8 @@ def sentence(done: Tokenized) -> str:
     """What was done, for people."""
     where = shown(done.destination)
     content = f"{done.documents:,} documents, {done.tokens:,} tokens"
+    if done.empty_records:
+        content += f", {done.empty_records:,} empty records left out"
     if done.bad_records:
         content += f", {done.bad_records:,} bad records skipped (see {where}/manifest.json)"
     if done.already_complete:

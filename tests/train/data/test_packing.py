@@ -1,5 +1,6 @@
 """Rows of packed documents: what an obvious loop makes, all documents once per epoch, the same however asked for."""
 
+import itertools
 import random
 
 import jax.numpy as jnp
@@ -44,8 +45,9 @@ def obvious_rows(store, seq, seed, count):
 def test_rows_are_those_of_an_obvious_loop(store, seq):
     count = 3 * store.tokens // seq + 2  # into the fourth epoch
     rows = packed_rows([Source(store)], seq, 7)
-    for index, expected in enumerate(obvious_rows(store, seq, 7, count)):
-        row = rows[index]
+    whole = obvious_rows(store, seq, 7, count + store.tokens // seq)
+    for index in range(count):
+        row, expected = rows[index], whole[rows.origin(index)]
         tokens, segments, positions = (np.array(column) for column in zip(*expected, strict=True))
         np.testing.assert_array_equal(row.tokens, tokens)
         np.testing.assert_array_equal(row.segment_ids, segments)
@@ -63,7 +65,9 @@ def test_targets_are_those_of_the_loss(store):
 def test_every_document_once_per_epoch(store):
     rows = packed_rows([Source(store)], SEQ, 5)
     epochs = 4
-    stream = np.concatenate([rows[index].tokens for index in range(epochs * store.tokens // SEQ + 1)])
+    count = epochs * store.tokens // SEQ + 1
+    by_origin = {rows.origin(index): rows[index].tokens for index in range(count + store.tokens // SEQ)}
+    stream = np.concatenate([by_origin[origin] for origin in range(count)])
     documents = sorted(bytes(store[document]) for document in range(len(store)))
     assert len(set(documents)) == len(documents)
     seen = []
@@ -73,6 +77,21 @@ def test_every_document_once_per_epoch(store):
         seen.append([bytes(document) for document in np.split(tokens, ends)[:-1]])
         assert sorted(seen[-1]) == documents
     assert all(a != b for n, a in enumerate(seen) for b in seen[:n])
+
+
+def test_neighbors_are_shuffled(make_store, monkeypatch):
+    """A long document's rows do not follow each other, and within a window no row comes twice."""
+    monkeypatch.setattr("train.data.packing._WINDOW", 50)
+    long = make_store([chr(ord("a") + n % 26) * 400 for n in range(20)])
+    rows = packed_rows([Source(long)], SEQ, 5)
+    origins = [rows.origin(index) for index in range(150)]
+    for first in (0, 50, 100):
+        assert sorted(origins[first : first + 50]) == list(range(first, first + 50))
+    assert origins[:50] != [origin - 50 for origin in origins[50:100]]  # each window in an order of its own
+    letters = [int(rows[index].tokens[0]) for index in range(150)]
+    assert sum(a == b for a, b in itertools.pairwise(letters)) < 60  # 140 in the order of the stream
+    small = packed_rows([Source(long)], long.tokens // 3, 5)
+    assert sorted(small.origin(index) for index in range(6)) == [*range(3), *range(3, 6)]
 
 
 def test_rows_do_not_depend_on_what_was_asked_before(store):

@@ -283,7 +283,7 @@ def test_bad_rows_are_named(tmp_path):
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow"])
 def test_wrong_columns_are_refused(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    with pytest.raises(ValueError, match="has no column 'content'; its columns are id, text"):
+    with pytest.raises(ValueError, match="has no column 'content'; --field names one, of id, text"):
         documents(tmp_path / name, field="content")
     with pytest.raises(ValueError, match="is not text but int64"):
         documents(tmp_path / name, field="id")

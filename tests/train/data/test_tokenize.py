@@ -274,13 +274,14 @@ def job(*argv, **changes):
 
 
 def test_job_reports(sources, tmp_path, tokenizer_folder, capsys):
-    (sources / "a.jsonl").write_text('{"text": "x"}\nbroken\n')
+    (sources / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\nbroken\n')
     (tmp_path / "more.txt").write_text("more")
     arguments = sources, tmp_path / "more.txt", tmp_path / "dst", "--tokenizer", tokenizer_folder
     assert job(*arguments, "--workers", "1") == 0
     printed = capsys.readouterr()
     assert "dst: 33 documents, " in printed.out and "1 bad records skipped" in printed.out
-    assert "warning: skipped" in printed.err and "a.jsonl, line 2: not JSON" in printed.err
+    assert "warning: skipped" in printed.err and "a.jsonl, line 3: not JSON" in printed.err
+    assert "does not split" not in printed.err
     assert job(*arguments, "--json") == 0
     assert json.loads(capsys.readouterr().out)["already_complete"] is True
     for wrong in ({"workers": 0}, {"max_bad_records": -1}, {"paths": ("dst",)}):
