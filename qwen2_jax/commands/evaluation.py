@@ -106,11 +106,11 @@ def publish(
 ) -> None:
     """Writes FOLDER/`name`.json and .png, and prints the summary, or the table for programs."""
     file, picture = (options.out / f"{name}.{kind}" for kind in ("json", "png"))
-    report = {**report, "versions": _versions()}
+    report = {**report, "versions": versions()}
     write_whole(file, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     plot(report, picture)
     if options.json:
-        print(json.dumps({"table": report["table"]}))
+        print(json.dumps({name: report[name] for name in ("totals", "table") if name in report}))
     else:
         print(f"{summary}\nwritten: {file} and {picture}")
 
@@ -131,7 +131,7 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     import jax
 
     packages = {name: _version(name) for name in ("qwen2-jax", "jax", "flax", "numpy")}

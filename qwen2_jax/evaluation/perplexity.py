@@ -1,4 +1,5 @@
-"""Loss by position: whether a model still gains from context, or breaks, beyond the length it was trained on."""
+"""Loss by position: whether a model still gains from context, or breaks, beyond the length it was trained on. And the
+loss of a whole text, by windows that slide over it."""
 
 import functools
 import math
@@ -91,6 +92,26 @@ def cut_windows(ids: Sequence[int], length: int, count: int) -> np.ndarray:
     return np.asarray([ids[start : start + length] for start in starts], np.int32)
 
 
+def slide_windows(ids: Sequence[int], length: int, stride: int) -> tuple[np.ndarray, np.ndarray]:
+    """Windows over a whole text, each `stride` tokens behind the one before; the last one ends with the text.
+
+    Returns:
+      windows [W, length] int32, of the whole text if that is shorter; and [W] how many tokens at the end of each are to
+      be counted, those that no window before it holds. All but the text's first token are counted once.
+
+    Raises:
+      ValueError: for a text of less than 2 tokens, or a stride that leaves tokens out or none to predict from.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; a window needs at least 2")
+    if not 1 <= stride < length:
+        raise ValueError(f"the stride must be from 1 to {length - 1}, less than the window's length, got {stride}")
+    length = min(length, len(ids))
+    ends = [*range(length, len(ids), stride), len(ids)]
+    counted = np.diff(np.asarray([1, *ends]))
+    return np.asarray([ids[end - length : end] for end in ends], np.int32), counted
+
+
 def bucket_means(losses: np.ndarray, size: int) -> np.ndarray:
     """[B, buckets] float64: means of losses [B, T - 1] over runs of `size` positions; the last run may be shorter."""
     starts = np.arange(0, losses.shape[1], size)
@@ -126,6 +147,47 @@ def loss_table(means: Mapping[str, np.ndarray], size: int, positions: int) -> li
                 }
             )
     return rows
+
+
+def place_table(losses: Mapping[str, np.ndarray], counted: np.ndarray, most: int = 16) -> list[dict[str, Any]]:
+    """Loss and perplexity of each mode and part of the text.
+
+    Args:
+      losses: by mode, the mean loss of each window that slides over the text.
+      counted: tokens of each window that are counted.
+      most: parts at most, each of about as many windows.
+
+    Returns:
+      Rows as those of `loss_table`; "first" and "last" are places in the text.
+    """
+    weights, ends = np.asarray(counted, np.float64), np.cumsum(counted)
+    parts = [part for part in np.array_split(np.arange(len(counted)), most) if len(part)]
+    rows = []
+    for mode, of_windows in losses.items():
+        for part in parts:
+            loss = float(np.average(of_windows[part], weights=weights[part]))
+            first, last = int(ends[part[0]] - counted[part[0]]) + 1, int(ends[part[-1]])
+            rows.append({"mode": mode, "first": first, "last": last, "loss": loss, "loss_error": None})
+            rows[-1]["perplexity"] = math.exp(min(loss, 700.0))
+    return rows
+
+
+def total_loss(nats: float, tokens: int, bytes: int) -> dict[str, Any]:
+    """What a text's loss comes to per token, and per byte, which does not depend on the tokenizer.
+
+    Args:
+      nats: the losses of all tokens that are counted, summed up.
+      tokens: how many.
+      bytes: of text that they stand for, in UTF-8.
+    """
+    return {
+        "tokens": tokens,
+        "bytes": bytes,
+        "loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700.0)),
+        "bits_per_token": nats / tokens / math.log(2),
+        "bits_per_byte": nats / bytes / math.log(2),
+    }
 
 
 @functools.partial(jax.jit, static_argnames=("config", "piece", "options", "dtype"))

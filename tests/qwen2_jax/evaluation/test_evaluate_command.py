@@ -5,12 +5,16 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 import qwen2_jax.evaluation.perplexity
 import qwen2_jax.generation
+from convert import load_checkpoint
+from qwen2_jax import Qwen2
 from qwen2_jax.evaluation.texts import library_text
+from qwen2_jax.tokenizer import Tokenizer
 
 MODES = "plain,yarn,dca"
 
@@ -200,6 +204,30 @@ def test_perplexity(run, perplexity, tmp_path):
         assert row["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
+def test_the_whole_text_by_sliding_windows(run, perplexity, text, model, tmp_path):
+    """Every token is predicted once, from a window's tokens before it, and bits are of the text's own bytes."""
+    text.write_text("Überall ist es schön, 世界. " * 4)
+    flags = [*perplexity[: perplexity.index("--windows")], "--length", 40, "--stride", 24, "--mode", "plain,dca"]
+    code, out, err = run(*flags)
+    assert code == 0 and "by place in the text" in out and "bits per byte" in out, err
+    report = json.loads((tmp_path / "out" / "perplexity.json").read_text())
+    config, params = load_checkpoint(model)
+    ids = Tokenizer.from_folder(model).encode(f"{text.read_text()}\n", control_tokens=False)
+    apply = jax.jit(lambda tokens: jax.nn.log_softmax(Qwen2(config).apply({"params": params}, tokens).logits[0]))
+    nats, end = 0.0, 40
+    for place in range(1, len(ids)):
+        end = end if place < end else min(end + 24, len(ids))
+        nats -= float(apply(np.asarray([ids[end - 40 : end]]))[place - 1 - (end - 40), ids[place]])
+    plain, dca = report["totals"]
+    assert (plain["tokens"], plain["bytes"]) == (len(ids) - 1, len(ids) - 1)
+    assert plain["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert plain["bits_per_byte"] == pytest.approx(nats / np.log(2) / (len(ids) - 1), rel=1e-5)
+    assert dca["mode"] == "dca" and dca["loss"] == pytest.approx(plain["loss"], rel=1e-5)  # within one chunk
+    assert report["table"][0]["first"] == 1 and report["table"][-1]["last"] == len(ids) - 1
+    code, out, _ = run(*flags, "--json")
+    assert code == 0 and json.loads(out)["totals"] == report["totals"]
+
+
 def test_a_loss_that_is_no_number(refused, perplexity, monkeypatch):
     losses = np.full((2, 199), np.nan, np.float32)
     monkeypatch.setattr(qwen2_jax.evaluation.perplexity, "loss_by_position", lambda *_, **__: losses)
@@ -214,6 +242,8 @@ def test_perplexity_mistakes(run, refused, perplexity, text, tmp_path):
     refused(*perplexity, "--bucket", 200, because="less than the length, got 200")
     refused(*perplexity, "--prefill-chunk", 0, because="--prefill-chunk must be at least 1, got 0")
     refused(*perplexity, "--windows", 50, because="50 windows of 200 need 10000")
+    refused(*perplexity, "--stride", 64, because="--windows means nothing with --stride")
+    refused(*perplexity, "--stride", 200, because="--stride must be from 1 to 199, less than the length, got 200")
     refused(*perplexity, "--mode", "long", because="there is no mode 'long'")
     refused(*perplexity, "--text", because="--text names no file")
     refused(*perplexity, "--text", tmp_path / "nothing", because="nothing: No such file")

@@ -1,13 +1,22 @@
 """Loss by position against a float64 softmax of all logits at once, and how it is summed up."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
 from qwen2_jax.dual_chunk import DualChunk
-from qwen2_jax.evaluation.perplexity import bucket_means, cut_windows, loss_by_position, loss_table
+from qwen2_jax.evaluation.perplexity import (
+    bucket_means,
+    cut_windows,
+    loss_by_position,
+    loss_table,
+    place_table,
+    slide_windows,
+    total_loss,
+)
 from qwen2_jax.model import Qwen2, stack_layers
 from qwen2_jax.yarn import Yarn
 
@@ -88,3 +97,26 @@ def test_tables():
     ]
     assert rows[0]["loss_error"] == pytest.approx(1) and rows[3]["loss_error"] is None
     assert rows[0]["perplexity"] == pytest.approx(np.exp(3))
+
+
+def test_sliding_windows_count_every_token_once():
+    for size, length, stride in ((23, 5, 2), (23, 5, 4), (25, 5, 4), (10, 5, 1), (7, 9, 3), (2, 5, 4), (9, 9, 8)):
+        windows, counted = slide_windows(range(size), length, stride)
+        assert windows.shape == (len(counted), min(size, length))
+        ends = [window[len(window) - count :].tolist() for window, count in zip(windows, counted, strict=True)]
+        assert list(itertools.chain(*ends)) == [*range(1, size)]
+        assert all(count <= stride for count in counted[1:]) and counted[0] == windows.shape[1] - 1
+        assert [window[0] for window in windows[:-1]] == [*range(0, stride * (len(windows) - 1), stride)]
+    for stride in (0, 5):
+        with pytest.raises(ValueError, match=f"the stride must be from 1 to 4, .* got {stride}"):
+            slide_windows(range(9), 5, stride)
+    with pytest.raises(ValueError, match="the text has 1 tokens"):
+        slide_windows([1], 5, 2)
+
+
+def test_parts_of_a_text():
+    rows = place_table({"plain": np.asarray([1.0, 4.0, 7.0])}, np.asarray([3, 1, 2]), 2)
+    assert [(row["first"], row["last"], row["loss"]) for row in rows] == [(1, 4, 1.75), (5, 6, 7.0)]
+    whole = total_loss(12 * np.log(2), 6, 24)
+    assert (whole["bits_per_token"], whole["bits_per_byte"]) == (pytest.approx(2), pytest.approx(0.5))
+    assert whole["perplexity"] == pytest.approx(4)
