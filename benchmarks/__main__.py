@@ -1,6 +1,7 @@
 """`python -m benchmarks`: the model beside transformers; `... convert`: the converter beside cp; `... attention`: Dual
 Chunk Attention beside plain attention; `... moe`: the mixture of experts beside dense products and transformers;
-`... training`: training steps beside transformers."""
+`... training`: training steps beside transformers; `... harness`: evaluations beside lm-evaluation-harness's own
+model."""
 
 import dataclasses
 import json
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from benchmarks import attention, conversion, machine, moe, side_by_side, table, training
+from benchmarks import attention, conversion, harness, machine, moe, side_by_side, table, training
 from benchmarks.checkpoints import SIZES
 from benchmarks.moe_block import Shape
 from qwen2_jax.command import exit_code, parse
@@ -46,7 +47,7 @@ class Speed(Common):
     """Measure prefill, decoding, loading and memory with random weights, beside transformers on the same CPU.
 
     Where PyTorch is not installed, or JAX has an accelerator, this project alone. `convert` measures the converter,
-    `attention` Dual Chunk Attention, `moe` the mixture of experts, `training` training steps.
+    `attention` Dual Chunk Attention, `moe` the mixture of experts, `training` training steps, `harness` evaluations.
     """
 
     size: str = "qwen2-0.5b"
@@ -171,12 +172,29 @@ class Training(Common):
         return f"training --size {self.size} --dtype {' '.join(self.dtype)} {work} --repeats {self.repeats}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Harness(Common):
+    """Measure evaluations by lm-evaluation-harness in float32, beside the harness's own Hugging Face model.
+
+    Random weights and made-up words. Where PyTorch is not installed, this project alone.
+    """
+
+    size: Literal["small", "tiny"] = "small"
+    """Shape of the model, and with it how many requests there are: "small" has 39 M parameters."""
+
+    @property
+    def measured(self) -> str:
+        """The options that shape the measurement."""
+        return f"harness --size {self.size} --repeats {self.repeats}"
+
+
 KINDS: dict[str, type[Common]] = {
     "speed": Speed,
     "convert": Convert,
     "attention": Attention,
     "moe": MoE,
     "training": Training,
+    "harness": Harness,
 }
 
 
@@ -207,6 +225,8 @@ def _run(argv: Sequence[str]) -> None:
         elif kind == "training":
             work = training.Work(options.batch, options.seq, options.remat, options.steps)
             report = training.measure(Path(folder), options.size, options.dtype, options.repeats, work)
+        elif kind == "harness":
+            report = harness.measure(Path(folder), options.size, options.repeats)
         else:
             report = side_by_side.measure(Path(folder), options.size, options.dtype, options.repeats)
     report = {"command": f"python -m benchmarks {options.measured}", "machine": about, **report}

@@ -7,6 +7,7 @@ from typing import Any
 import rich
 from rich.table import Table
 
+from benchmarks.harness import THEIRS as HARNESS
 from benchmarks.side_by_side import OURS, THEIRS
 
 
@@ -71,6 +72,9 @@ def _title(report: dict[str, Any]) -> str:
         tokens = shape["batch"] * shape["length"]
         return f"one sparse block, width {shape['width']}, {experts}, {shared}, {tokens:,} tokens; {where}"
     kind = report["frameworks"][OURS]["device_kind"]
+    if report["benchmark"] == "harness":
+        what = f"evaluations with a model of {report['parameters'] / 1e6:.0f} M parameters, float32"
+        return f"{what}; {where if kind == 'cpu' else f'{kind}, {where}'}"
     if report["benchmark"] == "training":
         work = report["work"]
         rows = f"{work['batch']} rows of {work['seq']:,} tokens, remat {work['remat']}"
@@ -89,13 +93,15 @@ def _caption(report: dict[str, Any]) -> str:
         versions = {name: version for framework in about for name, version in framework["versions"].items()}
         text += f" 8 devices: {report['mesh']}, simulated. Times: of qwen2-jax. "
         text += ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    if report["benchmark"] in ("speed", "training"):
+    if report["benchmark"] in ("speed", "training", "harness"):
         about = report["frameworks"].values()
         versions = {name: version for framework in about for name, version in framework["versions"].items()}
         text += " " + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
         compared = [result["same_tokens"] for result in report["results"] if "same_tokens" in result]
         if compared:
             text += f" The same greedy tokens in {sum(compared)} of {len(compared)} tasks."
+        if report.get("same_texts") is not None:
+            text += f" The same greedy answers to {report['same_texts']:.0%} of the prompts."
     return text
 
 
@@ -150,6 +156,20 @@ def _cells(report: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             ]
             for result in results
             for name, median in result["medians"].items()
+        ]
+    if report["benchmark"] == "harness":
+        names = [name for name in (HARNESS, OURS) if name in report["frameworks"]]
+        compared = ["ratio", "its batch size"] if HARNESS in names else []
+        columns = ["tokens/s", "requests", *names, *compared, "first call here"]
+        return columns, [
+            [
+                result["measure"],
+                str(result["requests"]),
+                *(f"{result['tokens_per_second'][name]:,.0f}" for name in names),
+                *([f"{result['ratio']:.2f}", str(result["batch_size"] or "")] if compared else []),
+                _quantity(result["first_call_seconds"], "seconds"),
+            ]
+            for result in results
         ]
     names = [name for name in (THEIRS, OURS) if name in report["frameworks"]]
     compared = ["ratio"] if THEIRS in names else []

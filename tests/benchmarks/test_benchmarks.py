@@ -103,6 +103,23 @@ def test_training(tmp_path):
     assert "| qwen2-jax |" in markdown.read_text()
 
 
+def test_harness(tmp_path):
+    markdown = page(tmp_path, "harness")
+    arguments = ["harness", "--size", "tiny", "--repeats", "1", "--scratch", str(tmp_path)]
+    assert main([*arguments, "--json", str(tmp_path / "out.json"), "--markdown", str(markdown)]) == 0
+
+    report = json.loads((tmp_path / "out.json").read_text())
+    parts = ["multiple choice, letters", "multiple choice, endings", "cloze", "rolling windows"]
+    assert [result["measure"] for result in report["results"]] == [*parts, "all log-likelihoods", "generation"]
+    for result in report["results"]:
+        assert result["seconds"].keys() == ({"qwen2-jax", "HFLM"} if COMPARED else {"qwen2-jax"})
+        assert result["tokens"] > 0 and (result["ratio"] is not None) == COMPARED
+    letters, *_ = report["results"]
+    assert letters["computed"] < letters["tokens"] / 3  # examples once, four choices of one token each once
+    assert report["same_texts"] == (1 if COMPARED else None)
+    assert "| generation |" in markdown.read_text()
+
+
 @pytest.mark.parametrize("gigabytes", [0.1, 2, 14])
 def test_config_of(gigabytes):
     nbytes = 2 * sum(array.size for array in arrays_of(config_of(gigabytes * 1e9)).values())
