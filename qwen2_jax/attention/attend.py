@@ -39,10 +39,16 @@ def implementation_for(
     """The named function, or for None the reference if that is faster, and else `by_blocks`; of a grouped query
     [B, K, G, T, H], key [B, K, S, H] and rotation [R, ...]. Raises ValueError for an unknown name."""
     if name is None:
-        each = query.shape[3] * key.shape[2]
-        total = each * math.prod(query.shape[:3]) * rotation.cos.shape[0]
-        name = "dense" if each <= _DENSE_LIMIT and total <= _DENSE_TOTAL else by_blocks
+        rows = math.prod(query.shape[:3]) * rotation.cos.shape[0]
+        name = name_by_size(rows, query.shape[3], key.shape[2], by_blocks)
     return implementation_named(name)
+
+
+def name_by_size(rows: int, queries: int, keys: int, by_blocks: str = "chunked") -> str:
+    """The implementation that is taken where none is named, for so many queries and keys in each of `rows`, which are
+    rows of the batch times heads times rotations."""
+    each = queries * keys
+    return "dense" if each <= _DENSE_LIMIT and each * rows <= _DENSE_TOTAL else by_blocks
 
 
 def attend(

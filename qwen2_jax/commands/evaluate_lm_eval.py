@@ -15,6 +15,7 @@ from qwen2_jax.commands.harness import (
     HarnessOptions,
     check_tasks,
     evaluate_tasks,
+    join,
     open_model,
     quiet_harness,
     require_harness,
@@ -74,6 +75,7 @@ def run(options: Options) -> int:
     quiet_harness()
     check_tasks(names, options.include_path)  # before the weights are read
     tracker = EvaluationTracker(output_path=None if options.out is None else str(options.out))
+    join(options.harness.together)
     model = open_model(options.harness)
     answers = None if options.out is None else _answers(options.out, options, model.session.folder)
     logging.getLogger("qwen2_jax").setLevel(logging.INFO)

@@ -35,7 +35,7 @@ class ProcessOptions:
 
 @dataclasses.dataclass(frozen=True)
 class HarnessOptions:
-    model: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    model: Annotated[str, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
     """Folder of a checkpoint, ours or Hugging Face's, of a step of a training run, or a hub id such as Qwen/Qwen2-0.5B
     (downloaded)."""
     dtype: Annotated[
@@ -69,15 +69,29 @@ def require_harness() -> None:
         raise ValueError('lm-evaluation-harness is not installed; pip install "qwen2-jax[eval]"')
 
 
+def join(options: ProcessOptions) -> bool:
+    """Joins the other processes of this run, if there are any; must come before anything that asks JAX for devices.
+
+    Returns:
+      Whether this is the first process, which alone writes.
+
+    Raises:
+      ValueError: for options that do not belong together.
+    """
+    import jax
+
+    from sharding.processes import join_processes
+
+    join_processes(**dataclasses.asdict(options))
+    return jax.process_index() == 0
+
+
 def open_model(options: HarnessOptions) -> "Qwen2JaxLM":
-    """The checkpoint as the harness calls it, weights loaded, after joining the other processes if there are any.
+    """The checkpoint as the harness calls it, weights loaded.
 
     Raises:
       OSError, ValueError: if the checkpoint is missing or damaged, or an option does not fit it.
     """
-    from sharding.processes import join_processes
-
-    join_processes(**dataclasses.asdict(options.together))
     from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
 
     return Qwen2JaxLM(

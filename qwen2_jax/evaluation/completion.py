@@ -133,7 +133,9 @@ class Completer:
         for index, prompt in enumerate(prompts):
             tokens[index, : len(prompt.tokens)] = prompt.tokens
             lengths[index], limits[index] = len(prompt.tokens), prompt.max_new_tokens
-        chunk = None if rows * slots <= room.slots else max(16, room.slots // rows // 16 * 16)
+        # Pieces of one length: a last one that is mostly padding costs as much as the others.
+        pieces = -(-rows * slots // room.slots)
+        chunk = None if pieces == 1 else -(-slots // (16 * pieces)) * 16
         run = Generation(
             *(self.config, self.params, tokens, lengths),
             max_new_tokens=limits.tolist(),

@@ -50,15 +50,69 @@ def room_for(
     device = next(iter(jax.tree.leaves(params)[0].devices()))
     free = free_bytes(device) if free is None else free
     activation, cache = slot_bytes(config, dtype, options)
-    most = _MOST_SLOTS.get(device.platform, _MOST_SLOTS["gpu"])
+    most = most_slots(device.platform)
     # Half for each; a batch without prefixes has no cache at all, and leaves that half to the compiler.
     slots = min(most, int(_SHARE / 2 * free / activation))
     cached = int(_SHARE / 2 * free / cache)
     return Room(max(1, slots) * devices, max(1, cached) * devices)
 
 
-def slot_bytes(config: Qwen2Config, dtype: jax.typing.DTypeLike, options: Options = Options()) -> tuple[int, int]:
-    """Bytes that one token takes: of activations, at the widest place of a layer; and of keys and values, in all."""
+class Needs(NamedTuple):
+    """Bytes that a batch takes on each device, at the worst moment."""
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def batch_needs(
+    config: Qwen2Config,
+    dtype: jax.typing.DTypeLike,
+    weights: int,
+    rows: int,
+    prompt: int,
+    new: int,
+    *,
+    at_once: int | None = None,
+    options: Options = Options(),
+    tensor: int = 1,
+) -> Needs:
+    """What reading prompts and continuing them takes, about; the scores of dense attention are left out.
+
+    Args:
+      config: the model.
+      dtype: of activations and cache.
+      weights: bytes of a device's part of the parameters.
+      rows: of the batch, on one device.
+      prompt: tokens of each.
+      new: tokens that are added to each.
+      at_once: tokens of prompts whose activations exist at once; all by default.
+      options: how the model runs.
+      tensor: devices that share heads, MLP and vocabulary.
+    """
+    activation, cache = slot_bytes(config, dtype, options, tensor)
+    read = min(rows * prompt, at_once or rows * prompt)
+    # Logits in float32, and what choosing makes of them.
+    logits = 2 * 4 * rows * config.vocab_size
+    # The prompts' cache is copied into one with room for the answers.
+    copied = prompt if new else 0
+    return Needs(weights, rows * (prompt + copied + new) * cache, read * activation + logits)
+
+
+def most_slots(platform: str) -> int:
+    """Tokens of a batch that are computed at once at most, on one device."""
+    return _MOST_SLOTS.get(platform, _MOST_SLOTS["gpu"])
+
+
+def slot_bytes(
+    config: Qwen2Config, dtype: jax.typing.DTypeLike, options: Options = Options(), tensor: int = 1
+) -> tuple[int, int]:
+    """Bytes that one token takes on each device: of activations, at the widest place of a layer; and of keys and
+    values, in all. `tensor` is how many devices share heads and MLP."""
     itemsize = jnp.dtype(dtype).itemsize
     heads = config.num_attention_heads * config.head_dim
     inner = config.intermediate_size
@@ -67,8 +121,8 @@ def slot_bytes(config: Qwen2Config, dtype: jax.typing.DTypeLike, options: Option
             config.moe_intermediate_size + config.hidden_size
         )
     # Float32 where sums are: the residual, its norm, queries with their rotated copies, and the three arrays of an MLP.
-    activation = 4 * (3 * config.hidden_size + 4 * heads + 3 * inner)
-    kv_heads = config.num_key_value_heads * options.heads.copies
+    activation = 4 * (3 * config.hidden_size + -(-(4 * heads + 3 * inner) // tensor))
+    kv_heads = -(-config.num_key_value_heads * options.heads.copies // tensor)
     return activation, 2 * kv_heads * config.head_dim * config.num_hidden_layers * itemsize
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from convert import save_checkpoint
 from qwen2_jax.cli import main
+from qwen2_jax.commands import evaluate_lm_eval, evaluate_suite
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import init_params
 from qwen2_jax.tokenizer import Tokenizer
@@ -23,6 +24,13 @@ CONFIG = Qwen2Config(
     initializer_range=0.4,
     tie_word_embeddings=True,
 )
+
+
+@pytest.fixture(autouse=True)
+def no_processes_to_join(monkeypatch):
+    """Which would be too late, since JAX is running here."""
+    for module in (evaluate_lm_eval, evaluate_suite):
+        monkeypatch.setattr(module, "join", lambda options: not options.process)
 
 
 @pytest.fixture(scope="session")

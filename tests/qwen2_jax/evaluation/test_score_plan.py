@@ -1,6 +1,9 @@
 """Every request is asked for once, of tokens that are its own, and sharing saves what it can."""
 
+import itertools
+import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen2_jax.evaluation.score_plan import Shape, merge_shapes, plan_scores
+from qwen2_jax.generation import bucket
 
 ROOM = dict(slots=512, cached=4096, programs=4)
 tokens = st.lists(st.integers(1, 3), min_size=1, max_size=12)
@@ -100,13 +104,27 @@ def test_batches_keep_to_the_room():
     assert max(len(batch.rows) for batch in plan_scores(pairs, **ROOM, max_rows=3).batches) <= 3
 
 
+def least_slots(lengths, shapes):
+    """Of rows of these lengths in so many shapes: every way to cut the sorted lengths, by dynamic programming."""
+    widths = sorted(Counter(map(bucket, lengths)).items())
+    least = [[0] + [math.inf] * len(widths)]
+    for _ in range(shapes):
+        least.append([0])
+        for end in range(1, len(widths) + 1):
+            rows = itertools.accumulate(count for _, count in reversed(widths[:end]))
+            before = reversed(least[-2][:end])
+            least[-1].append(min(cost + count * widths[end - 1][0] for cost, count in zip(before, rows, strict=True)))
+    return least[-1][-1]
+
+
 def test_few_shapes_cost_little_padding():
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(10, 1000, 2000)
-    pairs = [([0] * int(length), [int(i)]) for i, length in enumerate(lengths)]
+    lengths = sorted(set(np.random.default_rng(0).integers(10, 1000, 2000).tolist()))
+    pairs = [([0] * length, [1]) for length in lengths]
     plan = plan_scores(pairs, slots=16384, cached=1, programs=6, share=False)
-    assert len(plan.sizes) <= 6
-    assert plan.tokens / plan.slots > 0.85
+    assert len(plan.sizes) <= 6 and plan.tokens == sum(lengths)
+    in_shapes = sum(len(batch.rows) * batch.shape.suffix for batch in plan.batches)
+    assert least_slots(lengths, 6) <= in_shapes <= 1.01 * least_slots(lengths, 6)
+    assert plan.slots <= 1.03 * in_shapes  # every batch of a shape has as many rows as the largest
 
 
 def test_merging_takes_the_shapes_that_lie_next_to_each_other():

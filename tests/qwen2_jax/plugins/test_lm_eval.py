@@ -1,10 +1,7 @@
 """The harness's own Hugging Face model is the oracle: the same answers, metrics and, to 1e-3, log-likelihoods."""
 
 import json
-import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,13 +11,13 @@ from qwen2_jax import generation
 from qwen2_jax.commands.harness import evaluate_tasks
 from qwen2_jax.evaluation import scoring
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
+from tests.oracles.harness import write_tasks
 from tests.oracles.huggingface import build
 from tests.oracles.tokenizers import write_byte_tokenizer
 
 pytestmark = pytest.mark.torch
 
 TASKS = ("choices", "letters", "cloze", "rolling", "stops", "arithmetic", "code")
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil green tea in silver pots".split()
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -28,29 +25,9 @@ CHAT = (
 VARIANTS = {"dense": "tied", "moe": "moe"}
 
 
-def text(generator: np.random.Generator, words: int) -> str:
-    return " ".join(generator.choice(WORDS, words))
-
-
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder of tasks whose data is local."""
-    folder = tmp_path_factory.mktemp("tasks")
-    generator = np.random.default_rng(0)
-    questions = [
-        {"question": text(generator, 9), "choices": [text(generator, n) for n in (1, 3, 4)], "answer": i % 3}
-        for i in range(10)
-    ]
-    texts = [{"text": text(generator, int(words))} for words in (2, 5, 9, 14, 60)]  # the last is two windows
-    sums = [{"a": int(a), "b": int(b)} for a, b in generator.integers(1, 60, (6, 2))]
-    for name, rows in (("questions", questions), ("texts", texts), ("sums", sums)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for file in (Path(__file__).parent / "tasks").iterdir():
-        if file.suffix == ".yaml":
-            (folder / file.name).write_text(file.read_text().replace("DATA", str(folder)))
-        elif file.suffix == ".py":
-            shutil.copy(file, folder)
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module", autouse=True)
