@@ -3,26 +3,38 @@
 What holds it, from the outside in:
 
 - a process group and, where the kernel has it, a PID namespace: when its time is over, everything it started is killed;
-- limits on processor time, memory, the size of a file, open files and core dumps;
+- limits on processor time, memory, the size of a file, open files, core dumps and, but for root, processes;
 - a network namespace without any network, where the kernel lets an ordinary user have one (Linux);
-- an empty working folder that is removed, and an environment with next to nothing in it;
-- a hook in its interpreter that refuses sockets, other programs, signals, foreign code (ctypes) and every change to a
-  file outside that folder.
+- an empty working folder that is removed, and an environment with next to nothing in it. In a mount namespace the
+  folder is in memory, no larger than it may become, and `/proc` shows the program alone; elsewhere a program whose
+  folder has grown larger is ended as soon as that is seen;
+- no capabilities, for root neither (Linux);
+- Landlock (Linux 5.13): nothing outside that folder is created, written or removed (6.2: nor truncated), nothing is
+  executed, and no other process's memory or environment is read; no TCP (6.7); no signals and abstract sockets (6.12);
+- a hook in its interpreter that refuses sockets but for pairs, other programs, signals, other interpreters, foreign
+  code (ctypes) and every change to a file outside that folder.
 
-What does not: it runs as the same user and may read what that user may read. The hook stops what Python code does by
-mistake or as a matter of course, not a program that sets out to break the interpreter; and without namespaces (macOS,
-or containers and distributions that forbid them) only the hook stands between it and the network. A program that looks
-for the mark of success in its own interpreter can find it. Run programs of a model that you have reason to distrust in
-a virtual machine.
+What does not: it runs as the same user and may read the files which that user may read. The hook stops what Python code
+does by mistake or as a matter of course, not a program that sets out to break the interpreter, and not what an
+extension module does without a word. Behind it, even with Landlock and namespaces, are the mode, owner and times of the
+user's files, and servers that listen at a path. Without Landlock (macOS, older kernels, containers that forbid it) only
+the hook stands before the user's files and other programs, without namespaces (macOS, containers and distributions that
+forbid them) before the network, and without either before the environment of the user's other processes. Root's
+threads are bounded by memory alone. A program that looks for the mark of success in its own interpreter can find it.
+Run programs of a model that you have reason to distrust in a virtual machine.
+
+With Landlock but no namespaces, `multiprocessing` has nowhere to keep its semaphores: programs that need them fail.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import secrets
 import selectors
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -68,6 +80,8 @@ class Limits:
     """Bytes of address space."""
     file_size: int = 16 << 20
     """Bytes of one file."""
+    disk: int = 64 << 20
+    """Bytes of all files together; an empty one takes a page."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -78,7 +92,9 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def run_program(program: str, limits: Limits = DEFAULT_LIMITS, *, namespaces: bool = True) -> Outcome:
+def run_program(
+    program: str, limits: Limits = DEFAULT_LIMITS, *, namespaces: bool = True, landlock: bool = True
+) -> Outcome:
     """Runs a Python program to its end, which is where its tests have passed.
 
     A program that ends itself before (`sys.exit(0)`, `os._exit(0)`) has failed.
@@ -86,6 +102,7 @@ def run_program(program: str, limits: Limits = DEFAULT_LIMITS, *, namespaces: bo
     Args:
       program: source code, tests included.
       namespaces: use the kernel's, where it has them.
+      landlock: likewise.
     """
     if not sys.executable:
         return Outcome("could not run", "this process does not know its Python interpreter")
@@ -98,9 +115,10 @@ def run_program(program: str, limits: Limits = DEFAULT_LIMITS, *, namespaces: bo
                 "marker": marker,
                 "folder": os.path.realpath(folder),
                 "namespaces": namespaces,
+                "landlock": landlock,
             }
             return _run(json.dumps(asked).encode(), marker, limits.seconds, folder)
-    except OSError as error:
+    except (OSError, RecursionError) as error:  # folders in folders without end cannot be removed
         return Outcome("could not run", _last_line(str(error)))
 
 
@@ -138,8 +156,8 @@ def _run(asked: bytes, marker: str, seconds: float, folder: str) -> Outcome:
 
 def _environment(folder: str) -> dict[str, str]:
     fixed = {"PATH": os.defpath, "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"}
-    # Threads count as processes, of which there may be none; and NumPy starts one for each core.
-    fixed |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    # NumPy starts a thread for each core, and the C library keeps addresses for each thread, which count as memory.
+    fixed |= {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")} | {"MALLOC_ARENA_MAX": "1"}
     linker = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     return fixed | linker  # some interpreters do not start without
 
@@ -207,32 +225,56 @@ def _main() -> None:
     if program == 0:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
         _program(asked, report)
-    status = _wait(program, asked["seconds"])
-    if status is None:
-        os.kill(program, signal.SIGKILL)
-    _kill_children()
-    if status is None or -status == signal.SIGXCPU:
+    status = _wait(program, asked)
+    if isinstance(status, str):
+        line = status
+    elif -status == signal.SIGXCPU:
         line = "timed out"
     else:
         line = f"ended with status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
+    _kill_children()
     os.write(report, f"\n{line}\n".encode())
     os._exit(0 if status == 0 else 1)
 
 
-def _wait(program: int, seconds: float) -> int | None:
-    """How it ended, negative by a signal; None if its time was over before."""
-    deadline = time.monotonic() + seconds
+def _wait(program: int, asked: Mapping[str, Any]) -> int | str:
+    """How it ended, negative by a signal; in words, why it was ended."""
+    deadline = time.monotonic() + asked["seconds"]
     while True:
         ended, status = os.waitpid(program, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
         left = deadline - time.monotonic()
-        if left <= 0:
-            return None
-        if hasattr(signal, "sigtimedwait"):
-            signal.sigtimedwait({signal.SIGCHLD}, left)
+        if _takes_more(asked["folder"], asked["disk"]):
+            why = f"error its files take more than {asked['disk']} bytes"
+        elif ended:
+            return os.waitstatus_to_exitcode(status)
+        elif left <= 0:
+            why = "timed out"
+        elif hasattr(signal, "sigtimedwait"):
+            signal.sigtimedwait({signal.SIGCHLD}, min(left, 0.05))
+            continue
         else:  # macOS
             time.sleep(min(left, 0.01))
+            continue
+        if not ended:
+            os.kill(program, signal.SIGKILL)
+        return why
+
+
+def _takes_more(folder: str, limit: int) -> bool:
+    """Whether what is in a folder takes more than `limit` bytes. An empty file takes a page: it is not for nothing."""
+    taken, folders = 0, [folder]
+    while folders and taken <= limit:
+        try:
+            with os.scandir(folders.pop()) as entries:
+                for entry in entries:
+                    taken += max(512 * entry.stat(follow_symlinks=False).st_blocks, 4096)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(entry.path)
+        except (FileNotFoundError, NotADirectoryError):  # it is gone
+            continue
+        except OSError:  # shut, or too deep: no place to hide files in
+            return True
+    return taken > limit
 
 
 def _program(asked: Mapping[str, Any], report: int) -> None:
@@ -241,14 +283,20 @@ def _program(asked: Mapping[str, Any], report: int) -> None:
     import traceback
 
     _die_with_parent()
+    if sys.platform.startswith("linux"):
+        if asked["namespaces"]:
+            _mount(asked["folder"], asked["disk"])
+        if asked["landlock"]:
+            _lock(asked["folder"])
+        _drop_capabilities()
     seconds = int(-(-asked["seconds"] // 1))
-    # RLIMIT_NPROC counts all of the user's processes: with 0 none can be added. Root is exempt, and has the hook.
+    processes = _most_processes()
     for name, soft, hard in (
         ("RLIMIT_CPU", seconds, seconds + 1),
         ("RLIMIT_AS", asked["memory"], asked["memory"]),
         ("RLIMIT_FSIZE", asked["file_size"], asked["file_size"]),
         ("RLIMIT_NOFILE", 64, 64),
-        ("RLIMIT_NPROC", 0, 0),
+        ("RLIMIT_NPROC", processes, processes),
         ("RLIMIT_CORE", 0, 0),
     ):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # macOS has no address space to limit
@@ -259,6 +307,8 @@ def _program(asked: Mapping[str, Any], report: int) -> None:
     sys.argv = [""]
     try:
         code = compile(asked["program"], "<program>", "exec")
+        for module, name in itertools.product((os, sys.modules["posix"]), ("mkfifo", "mknod")):
+            delattr(module, name)  # they tell no hook
         sys.addaudithook(_guard(asked["folder"]))
         exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
     except BaseException as error:  # SystemExit too: a program that leaves has not come to the end of its tests
@@ -275,30 +325,59 @@ def _guard(folder: str) -> Any:
     """A hook of the interpreter, which Python code cannot take away: raises for what the program must not do."""
     refused = tuple(
         "socket. subprocess. pty. os.exec os.spawn os.posix_spawn os.fork os.system os.kill signal.pthread_kill "
-        "os.startfile os.setxattr os.chflags ctypes.dlsym".split()
+        "os.startfile os.setxattr os.removexattr os.chflags ctypes.dlsym cpython.PyInterpreterState_New".split()
     )
-    changed = {"os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.utime"}
-    changed |= {"os.chmod", "os.chown", "os.lchmod", "shutil.rmtree", "shutil.move", "sqlite3.connect"}
+    # Where the paths stand among what an event gives, and the open folders that these are relative to.
+    changed: dict[str, tuple[tuple[int, int | None], ...]] = {
+        "os.remove": ((0, 1),),
+        "os.rename": ((0, 2), (1, 3)),
+        "os.rmdir": ((0, 1),),
+        "os.mkdir": ((0, 2),),
+        "os.link": ((0, 2), (1, 3)),
+        "os.symlink": ((0, None), (1, 2)),
+        "os.truncate": ((0, None),),
+        "os.utime": ((0, 3),),
+        "os.chmod": ((0, 2),),
+        "os.chown": ((0, 3),),
+        "os.lchmod": ((0, None),),
+        "shutil.rmtree": ((0, 1),),
+        "shutil.move": ((0, None), (1, None)),
+    }
+    # Modules that change files, or have interpreters of their own, and tell no hook.
+    silent = set("readline _dbm _gdbm _tkinter _posixshmem _interpreters _xxsubinterpreters".split())
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    path_of, real, join, null = os.fspath, os.path.realpath, os.path.join, os.devnull
-    inside = join(folder, "")
+    decoded, real, join, null, is_folder = os.fsdecode, os.path.realpath, os.path.join, os.devnull, os.path.isdir
+    inside, linux, unix = join(folder, ""), sys.platform.startswith("linux"), 1  # AF_UNIX
 
-    def check(path: Any) -> None:
+    def check(path: Any, beneath: int | None = None) -> None:
         if isinstance(path, int) or path is None:  # an open file
             return
-        name = path_of(path)
-        name = name.decode(errors="surrogateescape") if isinstance(name, bytes) else str(name)
+        name = decoded(path)
+        if linux and beneath is not None and beneath >= 0:  # elsewhere: no folder outside can be open
+            name = join(f"/proc/self/fd/{beneath}", name)
         if name != null and not join(real(name), "").startswith(inside):
             raise PermissionError(f"programs under test may not change {name!r}")
 
     def hook(event: str, given: tuple) -> None:
         if event == "open":
             path, mode, flags = given
-            if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & writing):
+            writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & writing)
+            if writes or (mode is None and is_folder(path)):  # `os.open` does not say what a path is relative to
                 check(path)
         elif event in changed:
-            for path in given[:2] if event in ("os.rename", "os.link", "os.symlink", "shutil.move") else given[:1]:
-                check(path)
+            for path, beneath in changed[event]:
+                check(given[path], None if beneath is None else given[beneath])
+        elif event == "sqlite3.connect":
+            name = decoded(given[0])
+            if name.startswith("file:"):  # it may be a URI
+                name = name.removeprefix("file:").partition("?")[0].partition("#")[0]
+                if "%" in name:
+                    raise PermissionError(f"programs under test may not change {name!r}: write it without %")
+            check(name)
+        elif event == "import" and given[0] in silent:
+            raise ImportError(f"programs under test have no {given[0]}")
+        elif event == "socket.__new__" and given[1] == unix:  # the two ends of a pair, such as asyncio's
+            return
         elif event.startswith(refused) or (event == "ctypes.dlopen" and given[0] is not None):
             raise PermissionError(f"programs under test may not do this: {event}")
 
@@ -306,7 +385,8 @@ def _guard(folder: str) -> Any:
 
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
-_CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+_CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = 0x20000, 0x10000000, 0x20000000, 0x40000000
+_MS_NOSUID, _MS_NODEV, _MS_NOEXEC, _MS_BIND, _MS_REC, _MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 
 
 def _libc() -> Any:
@@ -333,6 +413,67 @@ def _leave_network() -> None:
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with contextlib.suppress(OSError), open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
+
+
+def _mount(folder: str, size: int) -> None:
+    """Puts the folder into memory, and its own processes alone into `/proc`, as far as the kernel allows."""
+    libc, flags = _libc(), _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    if libc.unshare(_CLONE_NEWNS) or libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
+        return
+    libc.mount(b"proc", b"/proc", b"proc", flags, None)
+    options = f"size={size},nr_inodes={size // 4096 + 1},mode=700"
+    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, options.encode()) == 0:
+        libc.mount(os.fsencode(folder), b"/dev/shm", None, _MS_BIND, None)  # where the C library keeps semaphores
+        os.chdir(folder)
+
+
+def _lock(folder: str) -> None:
+    """Landlock, where the kernel has it: files change in the folder alone, nothing is executed, no TCP.
+
+    The numbers are those of `linux/landlock.h`; a kernel's version says which of them it knows.
+    """
+    import ctypes
+
+    libc = _libc()
+
+    def call(number: int, *arguments: Any) -> int:
+        return libc.syscall(ctypes.c_long(number), *arguments)
+
+    create, add, restrict = 444, 445, 446  # on every architecture
+    version = call(create, None, ctypes.c_size_t(0), 1)
+    if version < 1:
+        return
+    known = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    execute, write, reading, devices, truncate, control = 1, 1 << 1, 3 << 2, 1 << 6 | 1 << 11, 1 << 14, 1 << 15
+    handled = known & ~reading
+    wanted = struct.pack("=3Q", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)  # files, TCP, scopes
+    rules = call(create, wanted, ctypes.c_size_t(len(wanted)), 0)
+    held = rules >= 0
+    for path, allowed in (
+        (folder, handled & ~(execute | devices | control)),
+        (os.devnull, handled & (write | truncate)),
+    ):
+        beneath = os.open(path, os.O_PATH)
+        held = held and call(add, rules, 1, struct.pack("=Qi", allowed, beneath), 0) == 0
+        os.close(beneath)
+    if not held or call(restrict, rules, 0):
+        raise OSError(ctypes.get_errno(), "Landlock does not do what this kernel says it can")
+    os.close(rules)
+
+
+def _drop_capabilities() -> None:
+    """Those of root, and those that come with a namespace."""
+    import ctypes
+
+    _libc().capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+
+
+def _most_processes() -> int:
+    """As many as the machine runs, of which the user's are a part, and some threads: the limit counts both."""
+    try:
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2]) + 256
+    except (OSError, IndexError, ValueError):  # macOS, where threads do not count
+        return 0
 
 
 def _adopt_orphans() -> None:
