@@ -32,7 +32,8 @@ class Options(NamedTuple):
     """How to compute, as opposed to what: none of these changes the result beyond rounding."""
 
     attention: str | Callable[..., jax.Array] | None = None
-    """An implementation of `qwen2_jax.attention.attend`: its name, or a function; None chooses by size."""
+    """An implementation of `qwen2_jax.attention.attend`: its name, or a function; None chooses by platform and
+    size."""
     moe: str | Callable[..., tuple[jax.Array, jax.Array]] | None = None
     """How routed experts run: a name in `qwen2_jax.moe.BACKENDS`; None, for the platform's default; or a function
     f(x [B, T, D], routing [B, T, k], experts, capacity_factor) -> ([B, T, D], int32 scalar: choices it dropped). The

@@ -124,8 +124,8 @@ def set_recommended(
     done, unknown = [], []
     for setting in RECOMMENDED.get(platform or platform_here(environment), ()):
         before = environment.get(setting.variable, "")
-        name = setting.value.partition("=")[0]
-        if name in before if setting.is_flag else before:
+        names = {flag.partition("=")[0] for flag in before.split()}
+        if setting.value.partition("=")[0] in names if setting.is_flag else before:
             continue
         if not accepted(setting):
             unknown.append(setting)

@@ -38,12 +38,13 @@ class SplitAttention:
 
     Raises:
       ValueError: for an unknown implementation or mesh axis; when called, for key/value heads that `tensor` does not
-        divide (`sharding.checks.layout_on` repeats and pads heads so that it does).
+        divide (`sharding.checks.layout_on` repeats and pads heads so that it does), or "cudnn" over `context`.
     """
 
     mesh: Mesh
     implementation: str | None = None
-    """The name of one; None chooses by the size of each device's part, and on TPUs takes "pallas" for large ones."""
+    """The name of one; None chooses for each device's part as `qwen2_jax.attention.choose` does, and on TPUs takes
+    "pallas" for large ones."""
 
     def __post_init__(self):
         check_mesh(self.mesh)
@@ -61,6 +62,8 @@ class SplitAttention:
         pieces = 2 * self.mesh.shape.get(_CONTEXT, 1)
         dealt = pieces > 2 and queries % pieces == 0 and key.shape[2] % (pieces // 2) == 0
         length = _CONTEXT if dealt else None
+        if dealt and self.implementation == "cudnn":
+            raise ValueError("attention 'cudnn' needs whole sequences, which an axis of context cuts; use 'chunked'")
 
         over_slots = PartitionSpec(rows, heads, length)
         of_queries = PartitionSpec(rows, length)
@@ -88,7 +91,7 @@ def _local(name: str | None, platform: str) -> Callable[..., jax.Array]:
     by_blocks = "pallas" if platform == "tpu" else "chunked"
 
     def attention(query: jax.Array, key: jax.Array, value: jax.Array, rotation: Rotation, context: Context):
-        implementation = implementation_for(name, query, key, rotation, by_blocks)
+        implementation = implementation_for(name, query, key, rotation, context, platform, by_blocks)
         return implementation(query, key, value, rotation, context)
 
     return attention

@@ -7,21 +7,33 @@ Each part's backward call is given the output and log-sum-exp of the whole softm
 this module reaches into `jax._src`; it is the only one that does.
 """
 
+import functools
 import inspect
+import logging
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qwen2_jax.attention.context import Context
-from qwen2_jax.attention.flash import Kernel
+from qwen2_jax.attention.dense import dense_attention
+from qwen2_jax.attention.flash import Kernel, flash_attention
 from qwen2_jax.attention.softmax import merge
 from qwen2_jax.dual_chunk import INTER, INTRA, SUCCESSIVE
 from qwen2_jax.rope import Rotation, rotate, rotate_gradient
 
 _ALIGNMENT = 128
 """cuDNN's backward pass is only trusted with lengths that are multiples of it."""
+
+_WIDEST = 128
+"""Of a head. Hopper takes twice as much, which no published model needs."""
+
+_TRIAL_ERROR = 0.03
+"""Rounding to bfloat16 comes to less than 0.01; NaN is more than anything."""
+
+_LOG = logging.getLogger(__name__)
 
 
 class _Part(NamedTuple):
@@ -83,24 +95,88 @@ def _backward(query, key, value, rotation, context, out, lse, dout):
 KERNEL = Kernel(_forward, _backward)
 
 
+def refusal(dtype: jnp.dtype, width: int, whole_rows: bool, chunk_length: int) -> str | None:
+    """Why these parts cannot express an attention, with what to do; None if they can.
+
+    Args:
+      dtype: of the query.
+      width: of a head.
+      whole_rows: as `Context` has it, like `chunk_length`.
+      chunk_length: tokens of a chunk of Dual Chunk Attention, or 0.
+    """
+    if not whole_rows:
+        return (
+            "attention 'cudnn' computes whole rows of one document each: it does not go with segment_ids or positions; "
+            "use 'chunked'"
+        )
+    if chunk_length % _ALIGNMENT:
+        return (
+            f"attention 'cudnn' needs chunks (chunk_size - local_size) of a multiple of {_ALIGNMENT} tokens, got "
+            f"{chunk_length}; choose other sizes or use 'chunked'"
+        )
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"attention 'cudnn' computes in bfloat16 or float16, got {dtype}; use 'chunked'"
+    if width % 8 or width > _WIDEST:
+        return f"attention 'cudnn' needs heads of a multiple of 8 up to {_WIDEST}, got {width}; use 'chunked'"
+    return None
+
+
+@functools.cache
+def works(dtype: jnp.dtype, width: int) -> bool:
+    """Whether cuDNN, as it is installed here, computes small parts and their gradients right. Tried once.
+
+    The calls are private to JAX and the kernels are many: what nobody named is only taken after this.
+
+    Args:
+      dtype: of the query.
+      width: of a head.
+    """
+    try:
+        with jax.ensure_compile_time_eval():  # a program may be traced around this
+            worst = _trial(dtype, width)
+    except Exception as error:  # whatever a library that is missing, too old or broken comes up with
+        _LOG.warning("attention without cuDNN, which does not run here: %s", str(error).partition("\n")[0])
+        return False
+    if not worst <= _TRIAL_ERROR:
+        _LOG.warning("attention without cuDNN, which computes wrong numbers here: off by %.3g of the largest", worst)
+        return False
+    return True
+
+
+def _trial(dtype: jnp.dtype, width: int) -> float:
+    """The largest error of an output and gradients, in units of the largest number of each."""
+    length = 2 * _ALIGNMENT + 9
+    keys = jax.random.split(jax.random.key(0), 4)
+    heads = ((1, 2, 2), (1, 2), (1, 2), (1, 2, 2))
+    query, key, value, dout = (
+        jax.random.normal(key, (*shape, length, width), jnp.float32).astype(dtype)
+        for key, shape in zip(keys, heads, strict=True)
+    )
+    table = jnp.ones((1, 1, length, width // 2), jnp.float32)
+    rotation = Rotation(table, table * 0)
+    ones, zero = jnp.ones((1, length), jnp.int32), jnp.zeros((), jnp.int32)
+    context = Context(zero, zero, ones, ones, whole_rows=True)
+
+    def run(attention, dtype):
+        inputs = (x.astype(dtype) for x in (query, key, value))
+        turn = jax.tree.map(lambda x: x.astype(dtype), rotation)
+        out, pull = jax.vjp(lambda *inputs: attention(*inputs, turn, context), *inputs)
+        return [np.asarray(x, np.float32) for x in (out, *pull(dout.astype(dtype)))]
+
+    right = run(dense_attention, jnp.float32)
+    ours = run(functools.partial(flash_attention, KERNEL), dtype)
+    return float(np.max([abs(a - b).max() / abs(b).max() for a, b in zip(ours, right, strict=True)]))
+
+
 def _check(query: jax.Array, key: jax.Array, context: Context) -> tuple[int, int]:
     """T and the length of a chunk.
 
     Raises:
       ValueError: for what these parts cannot express.
     """
-    if not context.whole_rows:
-        raise ValueError(
-            "attention 'cudnn' computes whole rows of one document each: it does not go with segment_ids, positions or "
-            "a cache; use 'chunked'"
-        )
-    if context.chunk_length % _ALIGNMENT:
-        raise ValueError(
-            f"attention 'cudnn' needs chunks (chunk_size - local_size) of a multiple of {_ALIGNMENT} tokens, got "
-            f"{context.chunk_length}; choose other sizes or use 'chunked'"
-        )
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"attention 'cudnn' computes in bfloat16 or float16, got {query.dtype}; use 'chunked'")
+    reason = refusal(query.dtype, query.shape[4], context.whole_rows, context.chunk_length)
+    if reason is not None:
+        raise ValueError(reason)
     assert query.shape[3] == key.shape[2]
     return query.shape[3], context.chunk_length
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from qwen2_jax import xla_flags
 from qwen2_jax.commands.evaluation import aligned, versions
+from qwen2_jax.commands.harness import XlaFlags, set_flags
 from qwen2_jax.commands.session import Attention, Mesh, attention_option
 from qwen2_jax.config import Qwen2Config
 
@@ -68,7 +68,7 @@ class Options:
         tyro.conf.arg(metavar="{transformers,none}", help_behavior_hint="(default: transformers on CPU, if small)"),
     ] = None
     """Measure transformers with random weights of the same shape before, in a process of its own."""
-    xla_flags: Literal["recommended", "none"] = "none"
+    xla_flags: XlaFlags = "none"
     """What to set before JAX starts: what helps on the platform and this JAX knows (see qwen2_jax/xla_flags.py)."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: only printed)")] = None
     """Where the report goes."""
@@ -92,17 +92,17 @@ class _Model:
 
 def run(options: Options) -> int:
     _check(options)
-    done, unknown = xla_flags.set_recommended() if options.xla_flags == "recommended" else ([], [])
+    done, unknown = set_flags(options.xla_flags)
     if options.compare == "transformers":
         # Or JAX would keep the GPU's memory for itself while transformers is measured.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
-    from qwen2_jax.evaluation import bench
+    from qwen2_jax.evaluation import memory
+    from qwen2_jax.evaluation.paths import Split
 
-    _say(options, *(f"not known to this JAX, left out: {setting}" for setting in unknown))
     device = jax.devices()[0]
-    mesh, layer_options, split = None, None, bench.Split()
+    mesh, layer_options, split = None, None, Split()
     config, source = _config(options)
     _check_lengths(options, config)
     if options.mesh is not None:
@@ -112,15 +112,14 @@ def run(options: Options) -> int:
         mesh = make_mesh(options.mesh)
         layer_options = run_options(config, mesh, rules="serve", attention=options.attention)
         rows = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-        split = bench.Split(rows, mesh.shape["tensor"], "pallas" if device.platform == "tpu" else "chunked")
+        split = Split(rows, mesh.shape["tensor"], "pallas" if device.platform == "tpu" else "chunked")
     else:
         from qwen2_jax.layers import Options as LayerOptions
 
         layer_options = LayerOptions(attention=options.attention)
     model = _model(options, config, source, mesh)
-    devices = jax.local_devices() if mesh is None else list(mesh.local_devices)
-    free = _free(devices if mesh is not None else [device])
-    memory = _plan(options, model, layer_options, split, free, device.platform)
+    free = memory.free_on_each([device] if mesh is None else list(mesh.local_devices))
+    planned = _plan(options, model, layer_options, split, free, device.platform)
     theirs = _transformers(options, model, device.platform, free)
     report = {
         "benchmark": "evaluate bench",
@@ -140,7 +139,7 @@ def run(options: Options) -> int:
             "not_known": [str(setting) for setting in unknown],
         },
         "versions": versions(),
-        "memory": memory,
+        "memory": planned,
         **_measured(options, model, mesh, layer_options, split),
         "transformers": theirs,
     }
@@ -230,14 +229,6 @@ def _model(options: Options, config: Qwen2Config, source: Any, mesh: Any) -> _Mo
         parameters=sum(array.size for array in arrays),
         source=source,
     )
-
-
-def _free(devices: list[Any]) -> int:
-    """Bytes that are free on each device; simulated ones share the machine's memory."""
-    from qwen2_jax.evaluation.memory import free_bytes
-
-    share = len(devices) if devices[0].platform == "cpu" else 1
-    return min(map(free_bytes, devices)) // share
 
 
 def _plan(options: Options, model: _Model, layer_options: Any, split: Any, free: int, platform: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,13 +16,14 @@ from qwen2_jax.commands.harness import (
     evaluate_tasks,
     join,
     open_model,
-    quiet_harness,
     require_harness,
+    set_flags,
+    show_run,
 )
 
 NAME = "lm-eval"
 
-_NO_SETTINGS = ("model", "mesh", "batch_size", "together")  # where and how fast, not what
+_NO_SETTINGS = ("model", "mesh", "batch_size", "xla_flags", "together")  # where and how fast, not what
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +67,17 @@ def run(options: Options) -> int:
     for flag, number in (("--num-fewshot", options.num_fewshot), ("--limit", options.limit)):
         if number is not None and (number < 0 or (number == 0 and flag == "--limit")):
             raise ValueError(f"{flag} must be {'above 0' if flag == '--limit' else '0 or more'}, got {number}")
+    set_flags(options.harness.xla_flags)
     require_harness()
     from lm_eval.loggers import EvaluationTracker
 
     from sharding.processes import leave_processes
 
-    quiet_harness()
     check_tasks(names, options.include_path)  # before the weights are read
     tracker = EvaluationTracker(output_path=None if options.out is None else str(options.out))
-    join(options.harness.together)
+    show_run(join(options.harness.together))
     model = open_model(options.harness)
     answers = None if options.out is None else _answers(options.out, options, model.session.folder)
-    logging.getLogger("qwen2_jax").setLevel(logging.INFO)
     results = evaluate_tasks(
         model,
         names,
@@ -122,20 +121,13 @@ def _write(tracker: Any, results: dict[str, Any]) -> None:
 def _publish(options: Options, model: Any, results: dict[str, Any]) -> None:
     from lm_eval.utils import make_table
 
+    from qwen2_jax.plugins.lm_eval import usage_line
+
     if options.json:
-        print(json.dumps({"results": results["results"], "usage": model.usage()}, default=str))
+        report = {"results": results["results"], "usage": model.usage(), "skipped": results["skipped"]}
+        print(json.dumps(report, default=str))
         return
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
-    usage = model.usage()
-    rates = [
-        f"{usage[name]:,.0f} {what} tokens/s"
-        for name, what in (("scored_tokens_per_second", "scored"), ("new_tokens_per_second", "new"))
-        if usage[name]
-    ]
-    print(
-        ", ".join([*rates, f"{usage['compile_seconds']:.1f} s of compilation in {usage['programs']} programs"])
-        + f", {max(usage['scoring_padding'], usage['prompt_padding']):.0%} padding"
-        + (f", {usage['truncated']} inputs truncated" if usage["truncated"] else "")
-    )
+    print(usage_line({**model.usage(), "skipped": len(results["skipped"])}))

@@ -19,7 +19,16 @@ import tyro
 from convert.files import write_whole
 from qwen2_jax.command import interrupt_by_exception
 from qwen2_jax.commands.evaluation import EvaluationOptions, aligned, fingerprint, open_journal, open_session
-from qwen2_jax.commands.harness import HarnessOptions, evaluate_tasks, join, open_model, quiet_harness, require_harness
+from qwen2_jax.commands.harness import (
+    HarnessOptions,
+    evaluate_tasks,
+    join,
+    of_first,
+    open_model,
+    require_harness,
+    set_flags,
+    show_run,
+)
 from qwen2_jax.evaluation.suites import (
     SIZES,
     SUITES,
@@ -39,7 +48,7 @@ from qwen2_jax.json_object import printable, read_json_object
 
 NAME = "suite"
 
-_NO_SETTINGS = ("mesh", "batch_size", "together")  # how fast, not what
+_NO_SETTINGS = ("mesh", "batch_size", "xla_flags", "together")  # how fast, not what
 _REASON = 400  # characters of an error in the table
 _FETCHING = ("datasets", "huggingface_hub", "requests", "httpx", "fsspec", "aiohttp")
 
@@ -84,13 +93,14 @@ def run(options: Options) -> int:
     if options.list:
         return _list(suite, options.json)
     out = _checked(options, suite)
+    set_flags(options.harness.xla_flags)
     require_harness()
-    quiet_harness()
     interrupt_by_exception()  # programs under test end with this one, and what it put into the temporary folder goes
     model = EvaluationOptions(model=options.harness.model, out=out, overwrite=options.overwrite)
     session = open_session(model)
     settings = _settings(options, suite, fingerprint(session.folder))
     first = join(options.harness.together)  # of several processes, which writes; the others leave the folder alone
+    show_run(first)
     with open_journal(NAME, model, settings) if first else contextlib.nullcontext():  # keeps other runs out
         if first and options.overwrite:
             for name in ("tasks", "cache", "errors"):
@@ -101,7 +111,7 @@ def run(options: Options) -> int:
             return 0
         size = published_size(session.config)
         rows = result_rows(suite.tasks, job.records, job.notes, size)
-        _publish(options, suite, out, settings, rows, size)
+        _publish(options, suite, out, settings, rows, size, job.usage)
     if not any(task.key in job.records for task in chosen):
         reasons = [f"{task.name}: {job.notes[task.key]}" for task in chosen if task.key in job.notes]
         raise ValueError(f"none of {len(reasons)} tasks could be run; {reasons[0]}")
@@ -140,15 +150,20 @@ class _Job:
         self, options: Options, suite: Suite, out: Path, folder: Path, settings: Mapping[str, Any], first: bool
     ):
         self._options, self._suite, self._out, self._folder, self._first = options, suite, out, folder, first
-        self._digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        self._cache = out / "cache" / self._digest[:16]
-        files = {task.key: self._file(task) for task in suite.runnable}
-        kept = {} if options.overwrite else files  # the first process removes them, the others need not see it
-        found = {key: read_json_object(file) for key, file in kept.items() if file.is_file()}
-        self.records = {key: record for key, record in found.items() if record.get("settings") == self._digest}
+        self._settings = settings
+        self._cache = out / "cache" / _digest(settings)[:16]
+        self.records: dict[str, dict[str, Any]] = {}
         """Of the tasks that are finished, by key, those of earlier runs too."""
         self.notes: dict[str, str] = {}
         """Why others are not."""
+        self.usage: dict[str, Any] | None = None
+        """What this run took, if it ran anything."""
+        # With --overwrite the first process removes the files, and the others need not see it.
+        for task in () if options.overwrite else suite.runnable:
+            if self._file(task).is_file():
+                record = read_json_object(self._file(task))
+                if record.get("settings") == self._settings_of(task):
+                    self.records[task.key] = record
 
     def run(self, chosen: Sequence[SuiteTask]) -> None:
         """Runs what is left of `chosen`, one task after the other."""
@@ -157,11 +172,14 @@ class _Job:
             if task.key in self.records:
                 continue
             if task not in chosen:
-                self.notes[task.key] = "not asked for"
+                other = "; what is there of it is of other settings or data" if self._file(task).is_file() else ""
+                self.notes[task.key] = f"not asked for{other}"
             elif task.runs_code and not self._options.allow_code_execution:
                 self.notes[task.key] = "runs programs that the model writes; --allow-code-execution lets it"
             else:
                 left.append(task)
+        wanted = of_first([task in left for task in self._suite.runnable])
+        left = [task for task, is_wanted in zip(self._suite.runnable, wanted, strict=True) if is_wanted]
         if not left:
             return
         model = open_model(self._options.harness)
@@ -170,6 +188,7 @@ class _Job:
         with tempfile.TemporaryDirectory(prefix="qwen2-jax-suite-") as definitions:
             for task in left:
                 self._run(task, model, Path(definitions))
+        self.usage = model.usage()
         leave_processes()
         for key in self.records:
             shutil.rmtree(self._cache / key, ignore_errors=True)
@@ -177,21 +196,31 @@ class _Job:
     def _file(self, task: SuiteTask) -> Path:
         return self._out / "tasks" / f"{task.key}.json"
 
+    def _settings_of(self, task: SuiteTask) -> str:
+        """Changes with all that a task's score depends on, the local data that it reads included."""
+        from qwen2_jax.evaluation.local_data import digest
+
+        assert task.harness is not None
+        data = None if self._options.data_dir is None else digest(self._options.data_dir, task.harness)
+        return _digest({**self._settings, "data": data})
+
     def _run(self, task: SuiteTask, model: Any, definitions: Path) -> None:
         start = time.monotonic()
+        truncated = model.usage()["truncated"]
         trace = self._out / "errors" / f"{task.key}.txt"
         try:
+            settings = self._settings_of(task)  # before its data are read
             results = self._evaluate(task, model, definitions / task.key)
             if not results:  # the harness gives them to the first process
                 return
-            record = read_score(task, results)
+            record = read_score(task, results, model.usage()["truncated"] - truncated)
         except Exception as error:  # whatever the harness, a data set or a package in it comes up with
             self.notes[task.key] = _reason(error, task, self._options.data_dir)
             if self._first:
                 self._say(f"{task.name}: {self.notes[task.key]}")
                 _write(trace, traceback.format_exc())
             return
-        record |= {"data": results["data"], "seconds": round(time.monotonic() - start, 3), "settings": self._digest}
+        record |= {"data": results["data"], "seconds": round(time.monotonic() - start, 3), "settings": settings}
         _write(self._file(task), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         self.records[task.key] = record
         trace.unlink(missing_ok=True)
@@ -202,6 +231,7 @@ class _Job:
 
         assert task.harness is not None
         options, local = self._options, False
+        model.see(prompts_of=task.length)
         if task.length is not None:  # the harness makes prompts of this length, in tokens of this model
             metadata = {**leaf_tasks(task.harness)[task.harness]["metadata"], "max_seq_lengths": [task.length]}
             define(task.harness, own, metadata={**metadata, "tokenizer": str(self._folder)})
@@ -251,7 +281,13 @@ def _folders(task: SuiteTask) -> str:
 
 
 def _publish(
-    options: Options, suite: Suite, out: Path, settings: Mapping[str, Any], rows: list[dict[str, Any]], size: str | None
+    options: Options,
+    suite: Suite,
+    out: Path,
+    settings: Mapping[str, Any],
+    rows: list[dict[str, Any]],
+    size: str | None,
+    usage: dict[str, Any] | None,
 ) -> None:
     report = {
         "suite": suite.name,
@@ -260,6 +296,7 @@ def _publish(
         "settings": settings,
         "size": size,
         "table": rows,
+        "usage": usage,
     }
     _write(out / "suite.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     compared = "no size of the report" if size is None else f"compared with Qwen2-{size.upper()}"
@@ -268,12 +305,16 @@ def _publish(
         title += f"; only {options.limit} samples of each task, so no scores to quote"
     _write(out / "suite.md", markdown(title, rows, size))
     if options.json:
-        print(json.dumps({"size": size, "table": rows}))
+        print(json.dumps({"size": size, "table": rows, "usage": usage}))
     else:
         cells = [[*line[:-1], ""] for line in plain_cells(rows, size)]
         notes = [line[-1] for line in plain_cells(rows, size)]
         table = aligned(cells).splitlines()
         print("\n".join(f"{line}{note}".rstrip() for line, note in zip(table, notes, strict=True)))
+        if usage is not None:
+            from qwen2_jax.plugins.lm_eval import usage_line
+
+            print(usage_line(usage))
         print(f"written: {out / 'suite.json'} and {out / 'suite.md'}")
 
 
@@ -290,6 +331,10 @@ def _list(suite: Suite, as_json: bool) -> int:
         print(f"    {row['differs']}\n    report: {report}")
     print(f"\nother suites: {', '.join(name for name in SUITES if name != suite.name)}")
     return 0
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,24 +1,31 @@
 """What the evaluations by lm-evaluation-harness share: the model's options, and one call of the harness."""
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import logging
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from qwen2_jax import xla_flags
 from qwen2_jax.commands.session import Attention, Mesh, attention_option
+from qwen2_jax.evaluation.suites import few
 from qwen2_jax.json_object import brief
 from qwen2_jax.long_context import LongContext
 
 if TYPE_CHECKING:  # only: the options and their help must not wait for JAX
     from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
 
+XlaFlags = Literal["recommended", "none"]
 Number = tyro.conf.arg(metavar="N", help_behavior_hint="")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +63,22 @@ class HarnessOptions:
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: what memory allows)")
     ] = None
     """Most rows of a batch."""
+    xla_flags: XlaFlags = "none"
+    """What to set before JAX starts: what helps on the platform and this JAX knows (see qwen2_jax/xla_flags.py)."""
     long_context: Annotated[LongContext, tyro.conf.arg(name="")] = dataclasses.field(default_factory=LongContext)
     together: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ProcessOptions)
+
+
+def set_flags(choice: XlaFlags) -> tuple[list[xla_flags.Setting], list[xla_flags.Setting]]:
+    """Sets what `choice` says, before JAX is imported: what was set, and what this JAX does not know, which is said.
+
+    Raises:
+      ValueError: if JAX is imported already.
+    """
+    done, unknown = xla_flags.set_recommended() if choice == "recommended" else ([], [])
+    for setting in unknown:
+        print(f"not known to this JAX, left out: {setting}", file=sys.stderr, flush=True)
+    return done, unknown
 
 
 def require_harness() -> None:
@@ -84,6 +105,17 @@ def join(options: ProcessOptions) -> bool:
 
     join_processes(**dataclasses.asdict(options))
     return jax.process_index() == 0
+
+
+def of_first(choices: Sequence[bool]) -> list[bool]:
+    """What the first process says, in all of them: they must compute the same, and may not see the same files."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return list(choices)
+    return [bool(choice) for choice in multihost_utils.broadcast_one_to_all(np.asarray(choices, np.int32))]
 
 
 def open_model(options: HarnessOptions) -> "Qwen2JaxLM":
@@ -143,6 +175,10 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """The harness's results for tasks, on a model of `open_model`; empty in all processes but the first.
 
+    A sample that cannot be run, or whose answer the task fails to judge, does not end the run. It is named under
+    "skipped" in what is returned; metrics that are means of what is better the higher it is count it as 0, and the
+    others leave it out.
+
     Args:
       model: any model of the harness.
       tasks: names, or definitions.
@@ -165,11 +201,13 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
 
     names = [task for task in tasks if isinstance(task, str)]
-    manager = check_tasks(names, include_path)
+    manager = _Forgiving(check_tasks(names, include_path))
+    before = len(getattr(model, "skipped", ()))
     chosen: list[Any] = [task for task in tasks if not isinstance(task, str)]
     for name in names:
         chosen += [name] if name.endswith(".yaml") else manager.match_tasks([name])
-    with warnings.catch_warnings():
+    # The harness prints how its standard errors come along, where results are to stand.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore", DeprecationWarning)  # of the packages that read data
         warnings.simplefilter("ignore", FutureWarning)
         results = simple_evaluate(
@@ -187,10 +225,71 @@ def evaluate_tasks(
             task_manager=manager,
             confirm_run_unsafe_code=allow_code,
         )
-    return dict(results) if results is not None else {}
+    if results is None:
+        return {}
+    if manager.failed:
+        _logger.warning("%d samples could not be judged: %s", len(manager.failed), few(manager.failed))
+    return {**results, "skipped": [*getattr(model, "skipped", ())[before:], *manager.failed]}
 
 
-def quiet_harness() -> None:
-    """Leaves warnings of the harness's many, so that what happens to this run can be seen."""
+class _Forgiving:
+    """The harness's index of tasks, whose tasks go on after a sample that they fail to judge."""
+
+    def __init__(self, manager: Any):
+        self._manager = manager
+        self.failed: list[str] = []
+        """Names of such samples, with the error."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def load(self, tasks: Any) -> Any:
+        try:
+            loaded = self._manager.load(tasks)
+        except StopIteration:  # the way that a file without a line ends in the package that reads data
+            names = few([str(task) for task in tasks])
+            raise ValueError(f"a data file is empty, one of those that {names} reads") from None
+        for name, task in loaded["tasks"].items():
+            task.process_results = self._guarded(name, task)
+        return loaded
+
+    def _guarded(self, name: str, task: Any) -> Callable[[Any, Any], Mapping[str, Any]]:
+        from lm_eval.api.metrics import mean
+
+        process_results = task.process_results
+        better = task.higher_is_better()
+        worst = {metric: 0.0 for metric, how in task.aggregation().items() if how is mean and better.get(metric)}
+        calls = 0
+
+        def guarded(doc: Any, results: Any) -> Mapping[str, Any]:
+            nonlocal calls
+            # The harness comes once for each document, in order, and then again for each further filter.
+            documents = len({request.doc_id for request in task.instances})
+            document, calls = calls % documents, calls + 1
+            try:
+                return process_results(doc, results)
+            except ImportError:  # no fault of the sample
+                raise
+            except Exception as error:  # whatever a task comes up with
+                sample = f"{name}, document {document}: {type(error).__name__}: {brief(str(error))}"
+                if sample not in self.failed:
+                    self.failed.append(sample)
+                return worst
+
+        return guarded
+
+
+def show_run(first: bool) -> None:
+    """Lets the first process's lines about memory and speed appear on standard error, and its warnings; of the
+    harness's many messages, only errors."""
     for name in ("lm_eval", "datasets", "evaluate", "httpx", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    ours = logging.getLogger("qwen2_jax")
+    ours.setLevel(logging.INFO if first else logging.ERROR)
+    if not any(isinstance(handler, _Lines) for handler in ours.handlers):
+        ours.addHandler(_Lines())
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)

@@ -28,7 +28,9 @@ Mesh = Annotated[str | None, tyro.conf.arg(metavar="AXIS=N,...", help_behavior_h
 
 
 def attention_option() -> Any:
-    return tyro.conf.arg(metavar="{" + ",".join(get_args(Attention)) + "}", help_behavior_hint="(default: by length)")
+    return tyro.conf.arg(
+        metavar="{" + ",".join(get_args(Attention)) + "}", help_behavior_hint="(default: by platform and length)"
+    )
 
 
 def _checkpoints(metavar: str, otherwise: str) -> Any:

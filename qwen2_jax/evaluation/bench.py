@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen2_jax.attention.attend import name_by_size
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.memory import free_bytes, most_slots, slot_bytes
+from qwen2_jax.evaluation.paths import Paths, Split
 from qwen2_jax.evaluation.scoring import Scorer
 from qwen2_jax.generation import Generation, bucket
 from qwen2_jax.layers import Options
@@ -141,7 +141,8 @@ def ceilings(dtype: jax.typing.DTypeLike, repeats: int = 3, device: Any = None) 
         bandwidth = 2 * array.nbytes / _timed(functools.partial(copy, array), repeats)
         array.delete()
         side = MULTIPLIED.get(device.platform, MULTIPLIED["gpu"])
-        matrix = jnp.ones((side, side), dtype) / side
+        # Equal numbers would flatter a GPU, which takes less power for them and so keeps a higher clock.
+        matrix = jax.random.normal(jax.random.key(0, impl="rbg"), (side, side), dtype) / side
         rates = []
         # The model adds up in float32 and rounds; which form is faster depends on the platform.
         for result in {jnp.dtype(dtype), jnp.dtype(jnp.float32)}:
@@ -163,15 +164,6 @@ def _timed(call: Callable[[], jax.Array], repeats: int) -> float:
     run(1)
     calls = max(1, math.ceil(_LEAST_SECONDS / max(run(1), 1e-9)))
     return statistics.median(run(calls) for _ in range(repeats)) / calls
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """How a mesh divides the work of attention, to tell which path each device takes."""
-
-    rows: int = 1
-    tensor: int = 1
-    by_blocks: str = "chunked"
 
 
 class Bench:
@@ -197,10 +189,11 @@ class Bench:
         attention: str | None,
         repeats: int,
         compile_seconds: Callable[[], float],
-        split: Split = Split(),
+        split: Split,
     ):
         self.config, self.params, self.dtype, self.options = config, params, jnp.dtype(dtype), options
         self.attention, self.repeats, self.split = attention, repeats, split
+        self.paths = Paths(config, self.dtype, options, attention, split)
         self._compiled = compile_seconds
         self._random = np.random.default_rng(0)
 
@@ -222,7 +215,7 @@ class Bench:
             "tokens_per_second": length / seconds,
             "flops": flops,
             "flops_per_second": flops / seconds,
-            "attention": self.path(1, bucket(length)),
+            "attention": self.paths.prompts(1, bucket(length)),
         }
 
     def decode(self, rows: int, prompt: int, new: int) -> dict[str, Any]:
@@ -248,18 +241,16 @@ class Bench:
             "seconds_per_step": seconds / new,
             "bytes_per_step": read,
             "bytes_per_second": read * new / seconds,
-            "attention": self.path(rows, 1, bucket(prompt) + bucket(1 + new), None),
+            "attention": self.paths.decoding(rows, bucket(prompt) + bucket(1 + new)),
         }
 
     def loglikelihood(self, questions: int, max_length: int) -> dict[str, Any]:
         """Multiple choice through `Scorer`: see `choices`."""
         pairs = choices(questions, self.config.vocab_size, max_length)
-        # Suffixes see a cache, which kernels without masks cannot.
-        options = self.options._replace(attention=None) if self.attention == "cudnn" else self.options
         works = []
 
         def run() -> float:
-            scorer = Scorer(self.config, self.params, options=options, dtype=self.dtype, multiple=self.split.rows)
+            scorer = Scorer(self.config, self.params, options=self.options, dtype=self.dtype, multiple=self.split.rows)
             begin = time.perf_counter()
             for _ in scorer.scores(pairs):
                 pass
@@ -279,19 +270,8 @@ class Bench:
             "computed_per_second": work.tokens / seconds,
             "padding": work.padding,
             "programs": len(work.shapes),
-            "attention": "by length" if self.attention in (None, "cudnn") else self.attention,
+            "attention": ", ".join(sorted({path for shape in work.shapes for path in self.paths.scores(*shape)})),
         }
-
-    def path(self, rows: int, queries: int, keys: int | None = None, named: str | None = "") -> str:
-        """The implementation of attention that `rows` of so many queries and keys take on each device."""
-        named = self.attention if named == "" else named
-        if named is not None:
-            return named
-        copies = self.options.heads.copies
-        each = max(self.config.num_attention_heads, self.config.num_key_value_heads * copies) // self.split.tensor
-        rotations = 3 if self.config.dual_chunk else 1
-        blocks = self.split.by_blocks
-        return name_by_size(-(-rows // self.split.rows) * each * rotations, queries, keys or queries, blocks)
 
     def chunk(self, rows: int, prompt: int) -> int | None:
         """Tokens of each prompt that are read at once; None for all of them."""

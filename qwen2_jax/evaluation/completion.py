@@ -88,7 +88,7 @@ class Completer:
           max_rows: most rows of a batch; as many as memory has room for by default.
           multiple: what numbers of rows are rounded up to, the devices that batches are split over.
           shapes: most shapes of batches of one call of `texts`.
-          room: how many tokens a batch may have; found out from the memory that is free by default.
+          room: how many tokens a batch may have; found out from the memory that is free at first by default.
         """
         self.config, self.params, self.tokenizer, self.options = config, params, tokenizer, options
         self.eos_ids, self.pad_id, self.sampling, self.seed = tuple(eos_ids), pad_id, sampling, seed
@@ -107,7 +107,9 @@ class Completer:
         """
         if not prompts:
             return
-        room = self._room or room_for(self.config, self.params, self.dtype, self.options, self.multiple)
+        if self._room is None:
+            self._room = room_for(self.config, self.params, self.dtype, self.options, self.multiple)
+        room = self._room
         shape_of = [Shape(bucket(len(prompt.tokens)), bucket(prompt.max_new_tokens)) for prompt in prompts]
         counts = {shape: shape_of.count(shape) for shape in set(shape_of)}
         merged = merge_shapes(counts, shapes or self.shapes)

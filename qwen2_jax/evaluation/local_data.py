@@ -1,6 +1,7 @@
 """Tasks of the harness on local files: definitions that include the harness's own and name other data."""
 
 import functools
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def read_from(data_dir: Path, task: str, folder: Path) -> bool:
       ValueError: if data are there for a part of a group only, a split is missing, or a file is empty.
       OSError: if a file cannot be read or written.
     """
-    leaves = [name for name, config in leaf_tasks(task).items() if config.get("custom_dataset") is None]
+    leaves = _readers(task)
     if not any((data_dir / leaf).is_dir() for leaf in leaves):
         return False
     if missing := [leaf for leaf in leaves if not (data_dir / leaf).is_dir()]:
@@ -44,6 +45,29 @@ def read_from(data_dir: Path, task: str, folder: Path) -> bool:
             )
         define(leaf, folder, dataset_path=loader, dataset_name=None, dataset_kwargs={"data_files": files})
     return True
+
+
+def digest(data_dir: Path, task: str) -> str | None:
+    """Changes with what `read_from` would read; None if that is nothing.
+
+    Raises:
+      ValueError: if there is no such task.
+      OSError: if a file cannot be read.
+    """
+    files = [
+        path
+        for leaf in _readers(task)
+        if (data_dir / leaf).is_dir()
+        for path in sorted((data_dir / leaf).iterdir())
+        if path.suffix in _LOADERS
+    ]
+    if not files:
+        return None
+    content = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            content.update(f"{path.relative_to(data_dir)} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return content.hexdigest()
 
 
 def define(task: str, folder: Path, **changes: Any) -> None:
@@ -77,6 +101,11 @@ def leaf_tasks(task: str) -> dict[str, dict[str, Any]]:
     for member in members:
         found |= leaf_tasks(member if isinstance(member, str) else member.get("task") or member["group"])
     return found
+
+
+def _readers(task: str) -> list[str]:
+    """The tasks that read data, of a task or group: others make theirs."""
+    return [name for name, config in leaf_tasks(task).items() if config.get("custom_dataset") is None]
 
 
 def _splits(config: Mapping[str, Any]) -> list[str]:

@@ -1,10 +1,13 @@
 """How many tokens a batch of an evaluation may have: a bound from the memory that is free."""
 
 import os
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.layers import Options
@@ -37,7 +40,7 @@ def room_for(
     devices: int = 1,
     free: int | None = None,
 ) -> Room:
-    """The largest batch that fits.
+    """The largest batch that fits, the same one in every process of a run; all of them must call this.
 
     Args:
       config: the model.
@@ -45,12 +48,12 @@ def room_for(
       dtype: of activations and cache.
       options: how the model runs.
       devices: that share a batch, row by row.
-      free: bytes per device; those of the first device of the parameters by default.
+      free: bytes per device; what is free on the devices of the parameters by default.
     """
-    device = next(iter(jax.tree.leaves(params)[0].devices()))
-    free = free_bytes(device) if free is None else free
+    own = jax.tree.leaves(params)[0].sharding.addressable_devices
+    free = _least(free_on_each(own)) if free is None else free
     activation, cache = slot_bytes(config, dtype, options)
-    most = most_slots(device.platform)
+    most = most_slots(next(iter(own)).platform)
     # Half for each; a batch without prefixes has no cache at all, and leaves that half to the compiler.
     slots = min(most, int(_SHARE / 2 * free / activation))
     cached = int(_SHARE / 2 * free / cache)
@@ -124,6 +127,20 @@ def slot_bytes(
     activation = 4 * (3 * config.hidden_size + -(-(4 * heads + 3 * inner) // tensor))
     kv_heads = -(-config.num_key_value_heads * options.heads.copies // tensor)
     return activation, 2 * kv_heads * config.head_dim * config.num_hidden_layers * itemsize
+
+
+def free_on_each(devices: Collection[Any]) -> int:
+    """Bytes that are free on each of these devices of this process; simulated ones share the machine's memory."""
+    share = len(devices) if all(device.platform == "cpu" for device in devices) else 1
+    return min(map(free_bytes, devices)) // share
+
+
+def _least(count: int) -> int:
+    """The smallest of all processes' counts: batches of different shapes would wait for each other for good."""
+    if jax.process_count() == 1:
+        return count
+    # Bytes exceed an int32, and JAX has no other integers here.
+    return int(multihost_utils.process_allgather(np.float32(count)).min())
 
 
 def free_bytes(device: Any) -> int:

@@ -46,7 +46,7 @@ class Work:
     slots: int = 0
     """Computed, padding included."""
     given: int = 0
-    """Of all contexts and continuations together, as if nothing were shared."""
+    """Of all contexts and continuations together, as if nothing were shared; without those that were cut off."""
     truncated: int = 0
     """Requests that lost tokens at their beginning."""
     shapes: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
@@ -114,7 +114,7 @@ class Scorer:
           multiple: what numbers of rows are rounded up to, the devices that batches are split over.
           programs: most shapes of batches of one call of `scores`.
           share: whether to read shared beginnings once.
-          room: how many tokens a batch may have; found out from the memory that is free by default.
+          room: how many tokens a batch may have; found out from the memory that is free at first by default.
 
         Raises:
           ValueError: for a maximum length that the model does not reach, or numbers below 1.
@@ -154,12 +154,12 @@ class Scorer:
         """
         cut, indices = [], []
         for index, (context, continuation) in enumerate(pairs):
-            self.work.given += len(context) + len(continuation)
             if len(continuation) == 0:
                 yield index, Score(0.0, True)
                 continue
             cut.append(self._cut(index, context, continuation))
             indices.append(index)
+            self.work.given += sum(map(len, cut[-1]))
         if not cut:
             return
         for index, score in self._run(self._plan(cut, programs or self.programs)):
@@ -180,11 +180,12 @@ class Scorer:
         return context[len(context) + len(continuation) - self.max_length - 1 :], continuation
 
     def _plan(self, pairs: Sequence[tuple[Sequence[int], ...]], programs: int) -> ScorePlan:
-        room = self._room or room_for(self.config, self.params, self.dtype, self.options, self.multiple)
+        if self._room is None:
+            self._room = room_for(self.config, self.params, self.dtype, self.options, self.multiple)
         plan = plan_scores(
             [(context, continuation) for context, continuation in pairs],
-            slots=room.slots,
-            cached=room.cached,
+            slots=self._room.slots,
+            cached=self._room.cached,
             programs=programs,
             share=self.share,
             max_rows=self.max_rows,

@@ -228,7 +228,8 @@ _INSTRUCT = (
     ),
     SuiteTask(
         *("MBPP", "qwen2_jax_mbpp_instruct"),
-        f"{_SANDBOX}; the answer's beginning is given; no examples, where the harness itself gives 3",
+        f"{_SANDBOX}; the answer's beginning is given; no examples, where the harness itself gives 3; of an answer the "
+        "harness drops the first word and whatever stands in a block that is not closed, which count here",
         version="1.0",
         shots=0,
         metric="pass@1",
@@ -386,11 +387,16 @@ def published_size(config: Qwen2Config) -> str | None:
     return None
 
 
-def read_score(task: SuiteTask, results: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a finished task, from what the harness returns.
+def read_score(task: SuiteTask, results: Mapping[str, Any], truncated: int = 0) -> dict[str, Any]:
+    """What is kept of a finished task.
+
+    Args:
+      task: the task.
+      results: what the harness returns, and the samples that were skipped.
+      truncated: inputs that lost their beginning.
 
     Raises:
-      ValueError: if the metric is not there, or is not a number.
+      ValueError: if the metric is not there, or is not a number, or no sample could be run.
     """
     assert task.harness is not None
     table = results["results"]
@@ -403,6 +409,11 @@ def read_score(task: SuiteTask, results: Mapping[str, Any]) -> dict[str, Any]:
     error = own.get(f"{task.metric}_stderr,{task.filter}")
     scale = 100.0 if task.percent else 1.0
     counts = results.get("n-samples", {})
+    samples = sum(count["effective"] for count in counts.values()) or own.get("sample_len")
+    skipped = list(results.get("skipped", ()))
+    logged = results.get("samples", {}).items()
+    if skipped and len(skipped) >= len({(name, sample["doc_id"]) for name, of_task in logged for sample in of_task}):
+        raise ValueError(f"no sample could be run: {few(skipped, 1)}")
     return {
         "task": task.key,
         "harness": task.harness,
@@ -411,14 +422,16 @@ def read_score(task: SuiteTask, results: Mapping[str, Any]) -> dict[str, Any]:
         "metric": column,
         "score": value * scale,
         "error": error * scale if isinstance(error, int | float) else None,
-        "samples": sum(count["effective"] for count in counts.values()) or own.get("sample_len"),
+        "samples": samples,
+        "truncated": truncated,
         "timed_out": own.get(f"timed_out,{task.filter}"),
         "problems": [
             sample["problem"]
             for samples in results.get("samples", {}).values()
             for sample in samples
             if sample.get("problem")
-        ],
+        ]
+        + skipped,
         "results": {
             name: {metric: number for metric, number in metrics.items() if isinstance(number, int | float | str)}
             for name, metrics in table.items()
@@ -449,9 +462,10 @@ def result_rows(
             status, score, error, samples = "done", record["score"], record["error"], record["samples"]
             if record["version"] != task.version:
                 remarks.append(f"version {record['version']} of the task, not {task.version}")
+            if record["truncated"]:
+                remarks.append(f"{record['truncated']} inputs were too long and lost their beginning")
             if problems := record["problems"]:
-                more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-                remarks.append(f"{len(problems)} samples could not be run: {'; '.join(problems[:3])}{more}")
+                remarks.append(f"{len(problems)} samples could not be run: {few(problems)}")
         rows.append(
             {
                 "benchmark": task.name,
@@ -510,6 +524,12 @@ def definition_rows(suite: Suite) -> list[dict[str, Any]]:
         }
         for task in suite.tasks
     ]
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first of many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return "; ".join(names[:most]) + more
 
 
 def _number(value: float | None) -> str:

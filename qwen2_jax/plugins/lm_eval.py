@@ -5,20 +5,24 @@ command line runs as `python -m qwen2_jax.plugins.lm_eval run --model qwen2_jax 
 harness's, unchanged.
 
 Results are those of the harness's own Hugging Face model: the same tokens are scored and generated, contexts that are
-too long lose the same tokens, and `generate_until` takes the checkpoint's repetition penalty as transformers does.
+too long lose the same tokens, and `generate_until` takes the checkpoint's repetition penalty as transformers does. That
+model ends the whole run for one continuation, or room for an answer, that is longer than it can see; this one names the
+sample, gives it a result that wins nothing, and goes on.
 """
 
 import dataclasses
-import difflib
 import logging
 import math
 import os
+import pickle
 import time
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -29,9 +33,12 @@ from tqdm import tqdm
 from qwen2_jax.commands.session import Session, SessionOptions
 from qwen2_jax.evaluation import completion
 from qwen2_jax.evaluation.completion import Completer, Prompt
-from qwen2_jax.evaluation.memory import free_bytes, slot_bytes
+from qwen2_jax.evaluation.memory import free_on_each, room_for, slot_bytes
+from qwen2_jax.evaluation.paths import Paths, Split
 from qwen2_jax.evaluation.scoring import Scorer
+from qwen2_jax.evaluation.suites import few
 from qwen2_jax.long_context import LongContext
+from qwen2_jax.plugins.model_args import check_device, dtype_named, most_rows, positive, refuse_unknown
 from qwen2_jax.sampling import Sampling
 from sharding.logical import ROW_AXES
 
@@ -41,10 +48,6 @@ _logger = logging.getLogger(__name__)
 
 # Standard errors would be drawn by forked processes, and a process with JAX in it must not fork.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
-
-_IGNORED = {"trust_remote_code", "parallelize", "tokenizer_backend", "add_bos_token", "revision"}
-"""Arguments of the harness's other models that ask for nothing here when they are false, empty or None."""
-
 
 _ROLLING_PROGRAMS = 2
 """With those of other scores, and two for each shape of answers, 12 in a run of all kinds of requests."""
@@ -56,6 +59,12 @@ class Measured:
 
     requests: int = 0
     seconds: float = 0.0
+    compile_seconds: float = 0.0
+    """Of those."""
+
+    def per_second(self, tokens: int) -> float | None:
+        """Without what compiling took, which longer runs take no more of."""
+        return round(tokens / max(self.seconds - self.compile_seconds, 1e-3), 1) if self.seconds else None
 
 
 @register_model(NAME)
@@ -104,10 +113,10 @@ class Qwen2JaxLM(TemplateLM):
           OSError, ValueError: if the checkpoint is missing or damaged, or an argument is unknown or does not fit.
         """
         super().__init__()
-        _refuse_unknown(others)
+        refuse_unknown(others, ["path", *(Qwen2JaxLM.__init__.__kwdefaults__ or {})])
         if (path is None) == (pretrained is None):
             raise ValueError("model_args must name one checkpoint: path=FOLDER")
-        _check_device(device)
+        check_device(device)
         long_context = LongContext(
             mode,
             trained_length=trained_length,
@@ -119,43 +128,73 @@ class Qwen2JaxLM(TemplateLM):
         self.session = Session(
             SessionOptions(
                 model=str(path or pretrained),
-                dtype=_dtype(dtype),
+                dtype=dtype_named(dtype),
                 attention=attention,
                 mesh=mesh.replace(";", ",") if mesh else None,
                 long_context=long_context,
                 seed=seed,
             )
         )
-        self._max_rows = _rows(batch_size, max_batch_size)
-        self._max_gen_toks = _positive("max_gen_toks", max_gen_toks)
-        checkpoint = self.session.config
-        if max_length is not None:
-            _positive("max_length", max_length)
-        length = max_length or checkpoint.max_position_embeddings
-        self.config = long_context.configure(checkpoint, length)
-        if self.config.max_length is not None and length > self.config.max_length:
-            raise ValueError(
-                f"max_length is {length}, the model has {self.config.max_length} positions; give at most so many, or "
-                "a mode for longer inputs: mode=yarn or mode=dca"
-            )
-        self._max_length = length
-        self._scorer = Scorer(
-            *(self.config, self.session.params),
-            options=self.session.layer_options,
-            max_length=length,
-            max_rows=self._max_rows,
-            multiple=self._row_devices,
+        self._max_rows = most_rows(batch_size, max_batch_size)
+        self._max_gen_toks = positive("max_gen_toks", max_gen_toks)
+        self._asked_length = None if max_length is None else positive("max_length", max_length)
+        self._long_context = long_context
+        self.skipped: list[str] = []
+        """Requests that could not be computed, with the reason."""
+        self.see()
+        self._room = room_for(
+            *(self.config, self.session.params, self._dtype, self.session.layer_options, self._row_devices)
         )
-        self._completers: dict[Sampling, Completer] = {}
+        self._scorers: dict[int, Scorer] = {}
+        self._completers: dict[tuple[int, Sampling], Completer] = {}
         self._truncated_prompts = 0
+        self._asked: Sequence[Instance] = ()
         self.measured: dict[str, Measured] = {}
         self.compile_seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._hear)
         if jax.process_count() > 1:
             # All processes compute all requests together. This is how the harness knows such runs: each has a request
-            # cache of its own, and only the first one gets results.
+            # cache of its own (see `set_cache_hook`), and only the first one gets results.
             os.environ["LOCAL_RANK"] = str(jax.process_index())
         _logger.info("%s", self.memory_line())
+
+    def see(self, prompts_of: int | None = None) -> None:
+        """Changes how many tokens the model sees at once, and with it how its mode computes.
+
+        Args:
+          prompts_of: tokens that prompts have. They are seen whole, with what a chat template and an answer add, as far
+            as the mode reaches, unless `max_length` was asked for. None goes back to what the model saw at first.
+
+        Raises:
+          ValueError: if it cannot see as much as it was asked to, or prompts of that length.
+        """
+        checkpoint = self.session.config
+        length = self._asked_length or checkpoint.max_position_embeddings
+        if prompts_of is not None:
+            reach = self._asked_length or self._long_context.reach(checkpoint)
+            if reach is not None and reach < prompts_of:
+                mend = "raise max_length" if self._asked_length else "mode=yarn and mode=dca read longer ones"
+                raise ValueError(f"the model sees {reach} tokens at once, its prompts have {prompts_of}; {mend}")
+            whole = prompts_of + self.max_gen_toks
+            length = whole if reach is None else min(whole, reach)
+        config = self._long_context.configure(checkpoint, length)
+        if config.max_length is not None and length > config.max_length:
+            raise ValueError(
+                f"max_length is {length}, the model has {config.max_length} positions; give at most so many, or "
+                "a mode for longer inputs: mode=yarn or mode=dca"
+            )
+        self._max_length, self.config = length, config
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes the harness's request cache. Of several processes, which a kill stops at different requests, all get
+        the first one's: they would leave out different requests otherwise, and wait for each other for good."""
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None and jax.process_count() > 1:
+            _copy_first(cache_hook.dbdict)
+
+    @property
+    def _dtype(self) -> Any:
+        return self.session.params["embed"]["embedding"].dtype
 
     @property
     def _row_devices(self) -> int:
@@ -208,13 +247,29 @@ class Qwen2JaxLM(TemplateLM):
         last = chat_history[-1]["content"].strip()
         return text[: text.rindex(last) + len(last)] if last in text else text
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._asked = requests
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        # A continuation that does not fit is as probable as any other one of its length.
+        chance = -math.log(self.config.vocab_size)
+        results = [(len(continuation) * chance, False) for _, _, continuation in requests]
+        fitting = [index for index, (*_, continuation) in enumerate(requests) if len(continuation) <= self.max_length]
+        self._skip(
+            {
+                _name(self._asked[index]): f"the continuation has {len(requests[index][2])} tokens, more than the "
+                f"{self.max_length} that the model sees at once; raise max_length"
+                for index in sorted({*range(len(requests))} - {*fitting})
+            },
+            nothing_left=not fitting,
+        )
         with self._measure("loglikelihood", len(requests)):
-            scores = self._scorer.scores([(context, continuation) for _, context, continuation in requests])
-            for index, score in _progress(scores, len(requests), "loglikelihood", disable_tqdm):
+            scores = self._scorer.scores([requests[index][1:] for index in fitting])
+            for place, score in _progress(scores, len(fitting), "loglikelihood", disable_tqdm):
+                index = fitting[place]
                 results[index] = (score.log_likelihood, score.greedy)
                 if (texts := requests[index][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, results[index])
@@ -245,10 +300,19 @@ class Qwen2JaxLM(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         texts = [""] * len(requests)
         by_sampling: dict[Sampling, list[tuple[int, Prompt]]] = {}
+        skipped = {}
         for index, request in enumerate(requests):
-            context, arguments = request.args
-            prompt, sampling = self._prompt(context, arguments)
-            by_sampling.setdefault(sampling, []).append((index, prompt))
+            prompt, sampling = self._prompt(*request.args)
+            room = self.max_length - prompt.max_new_tokens
+            if room < 1:
+                skipped[_name(request)] = (
+                    f"an answer of up to {prompt.max_new_tokens} tokens leaves no room for a prompt: the model sees "
+                    f"{self.max_length}; lower max_gen_toks, or raise max_length"
+                )
+                continue
+            self._truncated_prompts += len(prompt.tokens) > room
+            by_sampling.setdefault(sampling, []).append((index, prompt._replace(tokens=prompt.tokens[-room:])))
+        self._skip(skipped, nothing_left=not by_sampling)
         with self._measure("generate_until", len(requests)):
             for sampling, members in by_sampling.items():
                 shapes = max(1, completion.SHAPES // len(by_sampling))
@@ -265,16 +329,8 @@ class Qwen2JaxLM(TemplateLM):
         until = given.pop("until", None) or []
         stops = [until] if isinstance(until, str) else list(until)
         most = int(given.pop("max_gen_toks"))
-        sampling = self._sampling(given)
-        room = self.max_length - most
-        if room < 1:
-            raise ValueError(
-                f"an answer of up to {most} tokens leaves no room for a prompt: the model sees {self.max_length}; "
-                "lower max_gen_toks, or raise max_length"
-            )
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        self._truncated_prompts += len(tokens) > room
-        return Prompt(tokens[-room:], most, tuple(stops)), sampling
+        return Prompt(tokens, most, tuple(stops)), self._sampling(given)
 
     def _sampling(self, given: dict[str, Any]) -> Sampling:
         """How to choose tokens, by the harness's arguments; what they leave open is the checkpoint's, as transformers
@@ -294,10 +350,24 @@ class Qwen2JaxLM(TemplateLM):
             repetition_penalty=penalty,
         )
 
+    @property
+    def _scorer(self) -> Scorer:
+        if self.max_length not in self._scorers:
+            self._scorers[self.max_length] = Scorer(
+                *(self.config, self.session.params),
+                options=self.session.layer_options,
+                max_length=self.max_length,
+                max_rows=self._max_rows,
+                multiple=self._row_devices,
+                room=self._room,
+            )
+        return self._scorers[self.max_length]
+
     def _completer(self, sampling: Sampling) -> Completer:
-        if sampling not in self._completers:
+        key = self.max_length, sampling
+        if key not in self._completers:
             generation = self.session.generation
-            self._completers[sampling] = Completer(
+            self._completers[key] = Completer(
                 *(self.config, self.session.params, self.session.tokenizer),
                 eos_ids=tuple({*generation.eos_ids, self.eot_token_id}),
                 pad_id=generation.pad_id,
@@ -306,39 +376,82 @@ class Qwen2JaxLM(TemplateLM):
                 options=self.session.layer_options,
                 max_rows=self._max_rows,
                 multiple=self._row_devices,
+                room=self._room,
             )
-        return self._completers[sampling]
+        return self._completers[key]
+
+    def _skip(self, reasons: dict[str, str], nothing_left: bool) -> None:
+        """Notes requests that cannot be computed: name and reason of each.
+
+        Raises:
+          ValueError: if there are no others.
+        """
+        if not reasons:
+            return
+        if nothing_left:
+            raise ValueError(next(iter(reasons.values())))
+        lines = [f"{name}: {reason}" for name, reason in reasons.items()]
+        self.skipped += lines
+        _logger.warning("%d samples could not be run: %s", len(lines), few(lines))
 
     @property
     def programs(self) -> int:
         """How many programs of the model were needed so far."""
-        answers = [completer.work.shapes for completer in self._completers.values()]
-        return len(self._scorer.work.shapes) + 2 * sum(map(len, answers))
+        # The same model may see more or less of its input.
+        scores = {(scorer.config, shape) for scorer in self._scorers.values() for shape in scorer.work.shapes}
+        return len(scores) + 2 * sum(len(completer.work.shapes) for completer in self._completers.values())
+
+    def attention(self) -> dict[str, str]:
+        """Which path attention takes in each program so far: of prompts, and of what follows them."""
+        mesh = self.session.mesh
+        by_blocks = "pallas" if jax.default_backend() == "tpu" else "chunked"
+        split = Split() if mesh is None else Split(self._row_devices, mesh.shape.get("tensor", 1), by_blocks)
+        how = (self._dtype, self.session.layer_options, self.session.options.attention, split)
+        taken = {}
+        for scorer in self._scorers.values():
+            for shape, sizes in scorer.work.shapes:
+                program = f"scores, {sizes.prefixes} x {shape.prefix} and {sizes.rows} x {shape.suffix} tokens"
+                taken[program] = ", then ".join(Paths(scorer.config, *how).scores(shape, sizes))
+        for completer in self._completers.values():
+            paths = Paths(completer.config, *how)
+            for rows, (slots, answer), chunk in completer.work.shapes:
+                prompts = paths.prompts(rows, slots) if chunk is None else paths.behind(rows, chunk, slots)
+                decoding = paths.decoding(rows, slots + answer)
+                taken[f"answers, {rows} x {slots} and {answer} tokens"] = f"{prompts}, then {decoding}"
+        return taken
 
     def usage(self) -> dict[str, Any]:
-        """What the run took so far: requests and seconds of each kind, tokens, padding, programs."""
-        scored = self._scorer.work
+        """What the run took so far: requests and seconds of each kind, tokens, padding, programs. Tokens per second are
+        without the seconds of compilation."""
+        scored = [scorer.work for scorer in self._scorers.values()]
         completed = [completer.work for completer in self._completers.values()]
-        slots = sum(work.slots for work in completed)
-        seconds = {name: measured.seconds for name, measured in self.measured.items()}
-        scoring = seconds.get("loglikelihood", 0.0) + seconds.get("loglikelihood_rolling", 0.0)
-        new_tokens = sum(work.new_tokens for work in completed)
+        kinds = ("loglikelihood", "loglikelihood_rolling")
+        scoring, answering = Measured(), self.measured.get("generate_until", Measured())
+        for measured in filter(None, map(self.measured.get, kinds)):
+            scoring.seconds += measured.seconds
+            scoring.compile_seconds += measured.compile_seconds
+        given, computed, new = (
+            sum(work.given for work in scored),
+            sum(work.tokens for work in scored),
+            sum(work.new_tokens for work in completed),
+        )
         return {
             "requests": {name: measured.requests for name, measured in self.measured.items()},
-            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "seconds": {name: round(measured.seconds, 3) for name, measured in self.measured.items()},
             "compile_seconds": round(self.compile_seconds, 3),
             "programs": self.programs,
-            "scored_tokens": scored.given,
-            "scored_tokens_computed": scored.tokens,
-            "scored_tokens_per_second": round(scored.given / scoring, 1) if scoring else None,
-            "scoring_padding": round(scored.padding, 4),
-            "new_tokens": new_tokens,
-            "new_tokens_per_second": round(new_tokens / seconds["generate_until"], 1)
-            if seconds.get("generate_until")
-            else None,
-            "prompt_padding": round(1 - sum(work.tokens for work in completed) / slots, 4) if slots else 0.0,
-            "truncated": scored.truncated + self._truncated_prompts,
+            "attention": self.attention(),
+            "scored_tokens": given,
+            "scored_tokens_computed": computed,
+            "scored_tokens_per_second": scoring.per_second(given),
+            "scored_tokens_computed_per_second": scoring.per_second(computed),
+            "scoring_padding": _padding(computed, sum(work.slots for work in scored)),
+            "new_tokens": new,
+            "new_tokens_per_second": answering.per_second(new),
+            "prompt_padding": _padding(sum(work.tokens for work in completed), sum(work.slots for work in completed)),
+            "truncated": sum(work.truncated for work in scored) + self._truncated_prompts,
             "answers_without_stop": sum(work.unstopped for work in completed),
+            "skipped": len(self.skipped),
         }
 
     def get_model_info(self) -> dict[str, Any]:
@@ -347,7 +460,7 @@ class Qwen2JaxLM(TemplateLM):
         device = jax.devices()[0]
         return {
             "model_num_parameters": sum(leaf.size for leaf in leaves),
-            "model_dtype": str(self.session.params["embed"]["embedding"].dtype),
+            "model_dtype": str(self._dtype),
             "model_revision": "",
             "model_sha": "",
             "max_length": self.max_length,
@@ -359,17 +472,18 @@ class Qwen2JaxLM(TemplateLM):
         """What is in memory, and what a batch adds, for the one who has to find out why something did not fit."""
         leaves = jax.tree.leaves(self.session.params)
         held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards[:1])
-        device = next(iter(leaves[0].addressable_shards)).device
-        activation, cache = slot_bytes(self.config, self._scorer.dtype, self.session.layer_options)
+        free = free_on_each(leaves[0].sharding.addressable_devices)
+        activation, cache = slot_bytes(self.config, self._dtype, self.session.layer_options)
         return (
-            f"memory per device: weights {held / 1e9:.2f} GB, free {free_bytes(device) / 1e9:.2f} GB; each token of a "
-            f"batch takes {activation / 1e3:.0f} kB while it is computed and {cache / 1e3:.1f} kB of keys and values"
+            f"memory per device: weights {held / 1e9:.2f} GB, free {free / 1e9:.2f} GB; each token of a batch takes "
+            f"{activation / 1e3:.0f} kB while it is computed and {cache / 1e3:.1f} kB of keys and values; a batch has "
+            f"up to {self._room.slots} tokens at once and {self._room.cached} in the cache"
         )
 
     def _measure(self, kind: str, requests: int) -> "_Stopwatch":
         measured = self.measured.setdefault(kind, Measured())
         measured.requests += requests
-        return _Stopwatch(measured)
+        return _Stopwatch(measured, lambda: self.compile_seconds)
 
     def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
@@ -377,7 +491,7 @@ class Qwen2JaxLM(TemplateLM):
 
     def _report(self) -> None:
         usage = self.usage()
-        _logger.info("qwen2_jax: %s", ", ".join(f"{name} {value}" for name, value in usage.items()))
+        _logger.info("%s", usage_line(usage))
         if usage["truncated"]:
             _logger.warning(
                 "%d inputs were longer than %d tokens and lost their beginning", usage["truncated"], self.max_length
@@ -385,60 +499,61 @@ class Qwen2JaxLM(TemplateLM):
 
 
 class _Stopwatch:
-    def __init__(self, measured: Measured):
-        self._measured = measured
+    def __init__(self, measured: Measured, compiled: Callable[[], float]):
+        self._measured, self._compiled = measured, compiled
 
     def __enter__(self) -> None:
-        self._start = time.perf_counter()
+        self._start, self._before = time.perf_counter(), self._compiled()
 
     def __exit__(self, *_: Any) -> None:
         self._measured.seconds += time.perf_counter() - self._start
+        self._measured.compile_seconds += self._compiled() - self._before
+
+
+def usage_line(usage: Mapping[str, Any]) -> str:
+    """What `Qwen2JaxLM.usage` says, for people."""
+    rates = []
+    if usage["scored_tokens_per_second"]:
+        computed = f"{usage['scored_tokens_computed_per_second']:,.0f} computed"
+        rates.append(f"{usage['scored_tokens_per_second']:,.0f} scored tokens/s ({computed})")
+    if usage["new_tokens_per_second"]:
+        rates.append(f"{usage['new_tokens_per_second']:,.0f} new tokens/s")
+    counted = {
+        "truncated": "inputs truncated",
+        "answers_without_stop": "answers without a stop",
+        "skipped": "samples not run",
+    }
+    return ", ".join(
+        [
+            *rates,
+            f"besides {usage['compile_seconds']:.1f} s of compilation in {usage['programs']} programs",
+            f"{max(usage['scoring_padding'], usage['prompt_padding']):.0%} padding",
+            f"attention {' / '.join(sorted(set(usage['attention'].values())))}",
+            *(f"{usage[name]} {what}" for name, what in counted.items() if usage[name]),
+        ]
+    )
+
+
+def _padding(tokens: int, slots: int) -> float:
+    return round(1 - tokens / slots, 4) if slots else 0.0
+
+
+def _name(request: Instance) -> str:
+    return f"{request.task_name}, document {request.doc_id}"
+
+
+def _copy_first(answers: MutableMapping[str, Any]) -> None:
+    """Makes the answers of every process those of the first one, which may have none of the others' files."""
+    data = np.frombuffer(pickle.dumps(dict(answers.items())), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+    first = np.asarray(multihost_utils.broadcast_one_to_all(np.resize(data, size)))
+    if jax.process_index() != 0:
+        answers.clear()
+        answers.update(pickle.loads(first.tobytes()))
 
 
 def _progress(results: Any, total: int, what: str, disabled: bool) -> Any:
     return tqdm(results, total=total, desc=what, disable=disabled or jax.process_index() != 0)
-
-
-def _refuse_unknown(others: dict[str, Any]) -> None:
-    for name, value in others.items():
-        if name in _IGNORED and value in (None, False, "", "main", "auto", "huggingface"):
-            continue
-        names = Qwen2JaxLM.__init__.__kwdefaults__ or {}
-        near = difflib.get_close_matches(name, ["path", *names], n=1)
-        raise ValueError(f"model_args: there is no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-
-
-def _dtype(name: str | None) -> Literal["float32", "bfloat16"] | None:
-    if name in (None, "auto"):
-        return None
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32, bfloat16 or auto, got {name!r}")
-    return cast(Literal["float32", "bfloat16"], name)
-
-
-def _rows(batch_size: int | str | None, most: int | None) -> int | None:
-    """Rows of a batch at most; None for as many as fit."""
-    if batch_size is None or str(batch_size).startswith("auto"):
-        return None if most is None else _positive("max_batch_size", most)
-    return _positive("batch_size", batch_size)
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a whole number from 1 on, got {value!r}")
-    return number
-
-
-def _check_device(device: str | None) -> None:
-    if device is None:
-        return
-    wanted, have = str(device).partition(":")[0], jax.default_backend()
-    if {"cuda": "gpu", "rocm": "gpu"}.get(wanted, wanted) != have:
-        raise ValueError(f"device is {device!r}, but JAX runs on {have}; choose with JAX_PLATFORMS, or leave it out")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,15 +1,23 @@
 """The parts that cuDNN is given, with its two calls played by plain JAX; on a GPU, cuDNN itself."""
 
 import dataclasses
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_jax.attention import attend, cudnn
+from qwen2_jax import Qwen2
+from qwen2_jax.attention import attend, choose, cudnn
 from qwen2_jax.dual_chunk import DualChunk
+from qwen2_jax.evaluation.scoring import score_continuations
+from qwen2_jax.generation import Generation
+from qwen2_jax.layers import Options
+from qwen2_jax.model import init_params
+from sharding import make_mesh, run_options
 from tests.qwen2_jax.attention.cases import make
+from tests.sharding.models import DENSE
 
 HAS_GPU = jax.default_backend() == "gpu"
 
@@ -93,6 +101,29 @@ def test_equals_dense(calls, name):
         assert np.abs(got - truth).max() <= 2 * np.abs(reference - truth).max() + 1e-3 * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("length", [4096, 32768] if HAS_GPU else [384])
+@pytest.mark.parametrize("width", [64, 128])
+def test_long_rows_equal_the_chunked_path(calls, width, length):
+    """In value and gradient, at the heads of Qwen2 and, on a GPU, at the lengths that it is read at."""
+    case = make([[1] * length], heads=4, kv_heads=2, width=width, dtype=jnp.bfloat16)
+    context = dataclasses.replace(case.context(), whole_rows=True)
+
+    def run(implementation, dtype):
+        inputs = [x.astype(dtype) for x in (case.query, case.rotated_key(), case.value, case.dout)]
+        rotation = jax.tree.map(lambda x: x.astype(dtype), case.rotations().query)
+
+        @jax.jit
+        def call(query, key, value, dout):
+            out, pull = jax.vjp(lambda *qkv: attend(*qkv, rotation, context, implementation), query, key, value)
+            return out, *pull(dout)
+
+        return [np.asarray(x, np.float32) for x in call(*inputs)]
+
+    exact, rounded, ours = run("chunked", jnp.float32), run("chunked", jnp.bfloat16), run("cudnn", jnp.bfloat16)
+    for truth, reference, got in zip(exact, rounded, ours, strict=True):
+        assert np.abs(got - truth).max() <= 2 * np.abs(reference - truth).max() + 1e-3 * np.abs(truth).max()
+
+
 def test_parts(calls):
     case = make([[1] * 400], width=64, dual_chunk=DualChunk(160, 32), dtype=jnp.bfloat16)
     context = dataclasses.replace(case.context(), whole_rows=True, chunk_length=128)
@@ -127,7 +158,7 @@ def test_calls_are_built_for_cuda(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "dtype", "message"),
     [
-        ({"whole_rows": False}, jnp.bfloat16, "does not go with segment_ids, positions or a cache"),
+        ({"whole_rows": False}, jnp.bfloat16, "does not go with segment_ids or positions"),
         ({"chunk_length": 100}, jnp.bfloat16, "a multiple of 128 tokens, got 100"),
         ({}, jnp.float32, "bfloat16 or float16, got float32"),
         pytest.param({}, jnp.bfloat16, "needs an NVIDIA GPU", marks=pytest.mark.skipif(HAS_GPU, reason="has one")),
@@ -138,3 +169,97 @@ def test_refuses(change, dtype, message):
     context = dataclasses.replace(case.context(), **{"whole_rows": True, "chunk_length": 0, **change})
     with pytest.raises(ValueError, match=message):
         attend(case.query, case.rotated_key(), case.value, case.rotations().query, context, "cudnn")
+
+
+PROMPT = dict(rows=32, queries=1024, keys=1024, width=64, dtype=jnp.bfloat16, whole_rows=True, chunk_length=0)
+
+
+@pytest.mark.parametrize(
+    ("platform", "change", "chosen"),
+    [
+        ("gpu", {}, "cudnn"),
+        ("gpu", {"chunk_length": 256}, "cudnn"),
+        ("gpu", {"queries": 128, "keys": 128}, "dense"),
+        ("gpu", {"queries": 1, "keys": 4096, "whole_rows": False}, "dense"),
+        ("gpu", {"queries": 4096, "keys": 4096, "whole_rows": False}, "chunked"),
+        ("gpu", {"dtype": jnp.float32}, "dense"),
+        ("gpu", {"chunk_length": 100}, "dense"),
+        ("gpu", {"width": 256}, "dense"),
+        ("cpu", {}, "dense"),
+        ("cpu", {"queries": 2048, "keys": 2048}, "chunked"),
+        ("tpu", {"queries": 2048, "keys": 2048}, "pallas"),
+    ],
+)
+def test_what_is_chosen(platform, change, chosen, monkeypatch):
+    monkeypatch.setattr(cudnn, "works", lambda dtype, width: True)
+    by_blocks = "pallas" if platform == "tpu" else "chunked"
+    assert choose(**{**PROMPT, **change}, platform=platform, by_blocks=by_blocks) == chosen
+    monkeypatch.setattr(cudnn, "works", lambda dtype, width: False)
+    assert choose(**{**PROMPT, **change}, platform=platform, by_blocks=by_blocks) != "cudnn"
+
+
+def test_a_trial_comes_before_the_first_use(calls, caplog, monkeypatch):
+    trial = cudnn.works.__wrapped__
+
+    @jax.jit
+    def traced(x):
+        assert trial(jnp.dtype(jnp.bfloat16), 64)
+        return x
+
+    traced(1.0)
+    assert len(calls) == 2 and not caplog.records
+    right = cudnn._part_backward
+
+    def wrong(*arguments):
+        dquery, dkey, dvalue = right(*arguments)
+        return dquery * jnp.asarray(jnp.nan, dquery.dtype), dkey, dvalue
+
+    def missing(*_):
+        raise RuntimeError("no library\nat all")
+
+    cases = (wrong, "computes wrong numbers here: off by nan"), (missing, "does not run here: no library")
+    with caplog.at_level(logging.WARNING):
+        for function, told in cases:
+            monkeypatch.setattr(cudnn, "_part_backward", function)
+            assert not trial(jnp.dtype(jnp.bfloat16), 64)
+            assert told in caplog.records[-1].getMessage()
+
+
+@pytest.mark.skipif(HAS_GPU, reason="takes it by itself")
+@pytest.mark.parametrize("mesh", [None, "data=2,tensor=2"])
+def test_prompts_take_it_and_what_reads_a_cache_does_not(calls, mesh, monkeypatch):
+    """Named or chosen, in generation and in log-likelihoods with a shared beginning."""
+    config = dataclasses.replace(DENSE, max_position_embeddings=1024)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), init_params(config, jax.random.key(0)))
+    tokens = np.asarray(jax.random.randint(jax.random.key(1), (2, 300), 0, config.vocab_size))
+    examples = tokens[0].tolist()
+    pairs = [(examples + tokens[1, : 20 + index].tolist(), [3, index]) for index in range(4)]
+
+    def run(attention):
+        options = {}
+        if mesh is not None:
+            devices = jax.devices()[:4]
+            options["options"] = run_options(config, make_mesh(mesh, devices), rules="serve", attention=attention)
+        elif attention is not None:
+            options["options"] = Options(attention=attention)
+        made = len(calls)
+        answer = Generation(config, params, tokens, max_new_tokens=4, **options).advance()
+        prompts = len(calls) - made
+        return answer, score_continuations(config, params, pairs, **options), prompts, len(calls) - made - prompts
+
+    plain = run(None)
+    assert plain[2:] == (0, 0)
+    named = run("cudnn")
+    layers = config.num_hidden_layers
+    assert named[2] == layers and named[3] == layers  # the prompts; the beginning that is shared
+    np.testing.assert_array_equal(named[0], plain[0])
+    for one, other in zip(named[1], plain[1], strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=0.1)
+
+
+def test_not_over_context():
+    mesh = make_mesh("context=4", jax.devices()[:4])
+    options = run_options(DENSE, mesh, attention="cudnn")
+    params = init_params(DENSE, jax.random.key(0))
+    with pytest.raises(ValueError, match="needs whole sequences, which an axis of context cuts"):
+        Qwen2(DENSE, options=options).apply({"params": params}, jnp.ones((1, 64), jnp.int32))

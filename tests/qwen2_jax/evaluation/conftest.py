@@ -1,6 +1,7 @@
 """A small random model that reads bytes, and the command as a user meets it."""
 
 import json
+import logging
 
 import jax
 import pytest
@@ -31,6 +32,15 @@ def no_processes_to_join(monkeypatch):
     """Which would be too late, since JAX is running here."""
     for module in (evaluate_lm_eval, evaluate_suite):
         monkeypatch.setattr(module, "join", lambda options: not options.process)
+
+
+@pytest.fixture(autouse=True)
+def no_lines_of_other_commands():
+    """A command lets its log appear for the rest of its process, which is over then elsewhere."""
+    yield
+    ours = logging.getLogger("qwen2_jax")
+    ours.handlers.clear()
+    ours.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

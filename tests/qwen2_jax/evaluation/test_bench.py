@@ -206,6 +206,19 @@ def test_unknown_flags_are_left_out(monkeypatch):
     assert environment["XLA_FLAGS"] == "--xla_gpu_enable_latency_hiding_scheduler=false"
 
 
+def test_a_flag_is_known_by_its_whole_name(monkeypatch):
+    short = xla_flags.Setting("XLA_FLAGS", "--xla_tpu_enable_async_collective_fusion=true", "")
+    monkeypatch.setattr(xla_flags, "RECOMMENDED", {"tpu": (short,)})
+    monkeypatch.setattr(xla_flags, "accepted", lambda setting: True)
+    environment = {"XLA_FLAGS": "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false"}
+    assert xla_flags.set_recommended(environment, "tpu") == ([short], [])
+    assert environment["XLA_FLAGS"].split() == [
+        "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=false",
+        "--xla_tpu_enable_async_collective_fusion=true",
+    ]
+    assert xla_flags.set_recommended(environment, "tpu") == ([], [])
+
+
 def test_platform_here():
     assert xla_flags.platform_here({"JAX_PLATFORMS": "cuda,cpu"}) == "gpu"
     assert xla_flags.platform_here({"JAX_PLATFORMS": "tpu"}) == "tpu"

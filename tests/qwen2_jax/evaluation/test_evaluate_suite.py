@@ -35,8 +35,18 @@ class Knowing(LM):
 
     def __init__(self):
         super().__init__()
-        self.prompts = []
+        self.prompts, self.seen, self.truncated = [], [], 0
         self.interrupt_at = None
+
+    def see(self, prompts_of=None):
+        self.seen.append(prompts_of)
+
+    def usage(self):
+        return {
+            **dict.fromkeys(("scored_tokens_per_second", "new_tokens_per_second")),
+            **dict.fromkeys(("scoring_padding", "prompt_padding", "compile_seconds"), 0.0),
+            **{"programs": 7, "attention": {}, "answers_without_stop": 0, "skipped": 0, "truncated": self.truncated},
+        }
 
     def loglikelihood(self, requests, disable_tqdm=False):
         return [self._answer(request, (0.0 if "right" in request.args[1] else -9.0, False)) for request in requests]
@@ -264,6 +274,47 @@ def test_more_tasks_join_those_that_are_there(suite, knowing, data):
     assert code == 0 and [table(out)[name]["status"] for name in ("GSM8K", "HellaSwag")] == ["done", "done"]
 
 
+def test_scores_on_other_data_are_measured_again(suite, knowing, data, tmp_path):
+    both = ["--tasks", "gsm8k", "hellaswag"]
+    assert suite(*both, "--data-dir", data)[0] == 0
+    asked = len(knowing.prompts)
+    other = json.loads((data / "gsm8k" / "test.jsonl").read_text().splitlines()[0])
+    write(data / "gsm8k", test=[{**other, "question": "What is 1 + 3?"}])
+    code, out, _ = suite(*both, "--data-dir", data, "--json")
+    assert code == 0 and table(out)["GSM8K"]["score"] == 100.0 and table(out)["HellaSwag"]["score"] == 75.0
+    assert len(knowing.prompts) == asked + 1
+    # Another folder with the same files is the same data.
+    data = data.rename(tmp_path / "moved")
+    assert suite(*both, "--data-dir", data)[0] == 0 and len(knowing.prompts) == asked + 1
+    # And without them, what was measured on them is no score of these tasks.
+    code, out, _ = suite("--tasks", "humaneval", "--data-dir", tmp_path / "out", "--json")
+    assert "GSM8K" not in [row["benchmark"] for row in json.loads(out or '{"table": []}')["table"] if row["score"]]
+    report = json.loads((tmp_path / "out" / "suite.json").read_text())
+    (row,) = [row for row in report["table"] if row["benchmark"] == "GSM8K"]
+    assert row["status"] == "not run" and row["note"].startswith("not asked for; what is there of it is of other")
+
+
+def test_inputs_that_lost_their_beginning_are_said(suite, knowing, data, tmp_path, monkeypatch):
+    original = Knowing.generate_until
+
+    def cutting(self, requests, disable_tqdm=False):
+        self.truncated += 2
+        return original(self, requests)
+
+    monkeypatch.setattr(Knowing, "generate_until", cutting)
+    code, out, _ = suite("--tasks", "gsm8k", "hellaswag", "--data-dir", data)
+    assert code == 0 and "2 inputs were too long and lost their beginning" in out and "in 7 programs" in out
+    report = json.loads((tmp_path / "out" / "suite.json").read_text())
+    assert report["usage"]["programs"] == 7
+    notes = {row["benchmark"]: row["note"] for row in report["table"]}
+    assert notes["GSM8K"].startswith("2 inputs were too long") and notes["HellaSwag"] == ""
+
+
+def test_prompts_that_the_model_cannot_see_are_not_run(suite):
+    code, _, err = suite("--tasks", "niah-8k", name="long-context")
+    assert code == 2 and "the model sees 128 tokens at once, its prompts have 8192; mode=yarn and mode=dca" in err
+
+
 def test_other_settings_are_refused_in_the_same_folder(suite, knowing, data):
     assert suite("--tasks", "gsm8k", "--data-dir", data)[0] == 0
     code, _, err = suite("--tasks", "gsm8k", "--data-dir", data, "--limit", 1)
@@ -308,7 +359,7 @@ def test_tasks_that_make_their_prompts_get_the_length(suite, knowing, monkeypatc
 
     monkeypatch.setattr(evaluate_suite, "evaluate_tasks", evaluate_tasks)
     code, _, err = suite("--tasks", "niah-8k", name="long-context")
-    assert code == 2 and "seen" in err
+    assert code == 2 and "seen" in err and knowing.seen == [8192]
     assert "max_seq_lengths:\n  - 8192" in given["definition"] and f"tokenizer: {model}" in given["definition"]
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from qwen2_jax import Qwen2, Qwen2Config
 from qwen2_jax.dual_chunk import DualChunk
-from qwen2_jax.evaluation import scoring
-from qwen2_jax.evaluation.memory import Room, free_bytes, room_for, slot_bytes
+from qwen2_jax.evaluation import memory, scoring
+from qwen2_jax.evaluation.memory import Room, free_bytes, free_on_each, room_for, slot_bytes
 from qwen2_jax.evaluation.scoring import Score, Scorer, score_continuations
 from qwen2_jax.model import init_params, stack_layers
 from sharding import make_mesh, param_shardings, run_options
@@ -109,10 +109,10 @@ def test_long_requests_lose_their_beginning():
     scorer = Scorer(config, params, max_length=20)
     ((_, score),) = scorer.scores([(context, continuation)])
     check([score], reference(config, params, [(context[-15:], continuation)]))
-    assert scorer.work.truncated == 1
+    assert scorer.work.truncated == 1 and scorer.work.given == 15 + 6
 
 
-def test_a_run_compiles_few_programs_and_returns_two_numbers_per_token():
+def test_a_run_compiles_few_programs():
     config = dataclasses.replace(DENSE, max_position_embeddings=512, vocab_size=1000)
     params = init_params(config, jax.random.key(0))
     generator = np.random.default_rng(2)
@@ -120,23 +120,10 @@ def test_a_run_compiles_few_programs_and_returns_two_numbers_per_token():
         (generator.integers(0, 64, length).tolist(), generator.integers(0, 64, 3).tolist())
         for length in generator.integers(1, 400, 60)
     ]
-    compiled = []
-    original = scoring._log_probabilities
-
-    def spy(*arguments, **options):
-        compiled.append(jax.eval_shape(lambda *a: original(*a, **options), *arguments))
-        return original(*arguments, **options)
-
-    scoring._log_probabilities, before = spy, original._cache_size()
-    try:
-        scorer = Scorer(config, params, programs=3, room=Room(2048, 4096))
-        assert len(dict(scorer.scores(pairs))) == len(pairs)
-    finally:
-        scoring._log_probabilities = original
-    assert original._cache_size() - before == len(scorer.work.shapes) <= 3
-    for log_probabilities, greedy in compiled:
-        assert log_probabilities.ndim == greedy.ndim == 1
-        assert log_probabilities.size < 1000  # of 60 * 3 tokens asked for; [B, T, V] has millions
+    before = scoring._log_probabilities._cache_size()
+    scorer = Scorer(config, params, programs=3, room=Room(2048, 4096))
+    assert len(dict(scorer.scores(pairs))) == len(pairs)
+    assert scoring._log_probabilities._cache_size() - before == len(scorer.work.shapes) <= 3
 
 
 @pytest.mark.parametrize(
@@ -187,3 +174,27 @@ def test_room_follows_free_memory():
     assert room_for(config, params, "bfloat16", devices=4, free=10**12).slots == 4 * 4096
     assert room_for(config, params, "bfloat16", free=0) == Room(1, 1)
     assert free_bytes(jax.devices()[0]) > 0
+
+
+def test_simulated_devices_share_the_memory(monkeypatch):
+    """Of one device, and of a mesh of eight."""
+    config = CONFIGS["dense"]
+    params = init_params(config, jax.random.key(0))
+    activation, _ = slot_bytes(config, "float32")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 8 * 100 * activation)
+    assert free_on_each(jax.devices()) == 100 * activation
+    assert room_for(config, params, "float32").slots == 8 * 30
+    mesh = make_mesh("data=8")
+    placed = jax.device_put(params, param_shardings(config, mesh))
+    assert room_for(config, placed, "float32", devices=8).slots == 8 * 30
+
+
+def test_room_is_found_out_once(monkeypatch):
+    """Batches of a second call have the shapes of the first, though results and programs take memory by then."""
+    asked = []
+    monkeypatch.setattr(scoring, "room_for", lambda *_: asked.append(1) or Room(512, 2048))
+    config = CONFIGS["dense"]
+    scorer = Scorer(config, init_params(config, jax.random.key(0)))
+    for _ in range(2):
+        list(scorer.scores([([1, 2], [3])]))
+    assert len(asked) == 1 and len(scorer.work.shapes) == 1

@@ -112,6 +112,16 @@ def test_scores_are_the_reports():
     assert scores["qwen2-base", "GPQA"] == {"72b": 37.9, "57b-a14b": 34.3, "7b": 31.8}
     assert scores["qwen2-instruct", "IFEval"]["0.5b"] == 20.0
     assert scores["long-context", "NeedleBench 128k"] == {"72b": 90.27, "7b": 66.32}
+    # Nothing else has changed either: each column of each table, summed up.
+    sums = {
+        name: [round(sum(task.scores.get(size, 0) for task in suite.tasks), 2) for size in SIZES]
+        for name, suite in SUITES.items()
+    }
+    assert sums == {
+        "qwen2-base": [1458.9, 1311.9, 1237.3, 642.7, 479.2],
+        "qwen2-instruct": [896.59, 730.81, 692.42, 241.9, 165.7],
+        "long-context": [619.12, 0, 497.94, 0, 0],
+    }
     assert len(SUITES["qwen2-base"].tasks) == 21 and len(SUITES["qwen2-instruct"].tasks) == 15
 
 
@@ -182,6 +192,20 @@ def test_samples_that_could_not_be_run_are_named():
     record = read_score(HUMANEVAL, found)
     (row,) = result_rows([HUMANEVAL], {"humaneval": record}, {}, "7b")
     assert row["note"] == "5 samples could not be run: 0: no memory; 1: no memory; 2: no memory and 2 more"
+
+
+def test_a_task_of_which_nothing_could_be_run_has_no_score():
+    found = results(HUMANEVAL, 0.0)
+    found["samples"] = {HUMANEVAL.harness: [{"doc_id": 0}, {"doc_id": 1}]}
+    found["skipped"] = ["a, document 0: no room"]
+    record = read_score(HUMANEVAL, found, truncated=3)
+    (row,) = result_rows([HUMANEVAL], {"humaneval": record}, {}, None)
+    assert (
+        row["note"].startswith("3 inputs were too long") and "1 samples could not be run: a, document 0" in row["note"]
+    )
+    found["skipped"].append("a, document 1: no room")
+    with pytest.raises(ValueError, match="no sample could be run: a, document 0: no room and 1 more"):
+        read_score(HUMANEVAL, found)
 
 
 def test_rows_stand_beside_the_report():

@@ -5,13 +5,17 @@ import json
 import pytest
 import torch
 import transformers
+from lm_eval.api.model import hash_args
 from lm_eval.models.huggingface import HFLM
+from sqlitedict import SqliteDict
 
 from qwen2_jax import generation
+from qwen2_jax.command import parse
+from qwen2_jax.commands import evaluate_lm_eval
 from qwen2_jax.commands.harness import evaluate_tasks
 from qwen2_jax.evaluation import scoring
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
-from tests.oracles.harness import write_tasks
+from tests.oracles.harness import run_processes, write_tasks
 from tests.oracles.huggingface import build
 from tests.oracles.tokenizers import write_byte_tokenizer
 
@@ -66,22 +70,30 @@ def run(model, tasks, names, **options):
 
 
 def assert_same(ours, theirs):
-    assert ours["samples"].keys() == theirs["samples"].keys()
-    for task, samples in theirs["samples"].items():
-        for mine, reference in zip(ours["samples"][task], samples, strict=True):
-            assert mine["arguments"] == reference["arguments"]
+    assert_same_samples(ours["samples"], theirs["samples"])
+    for task in theirs["samples"]:
+        for metric, value in theirs["results"][task].items():
+            if isinstance(value, float):
+                assert ours["results"][task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
+
+
+def assert_same_samples(ours, theirs):
+    """As the harness has them, or as it has written them, where every tuple is a list and every number text."""
+    assert ours.keys() == theirs.keys()
+    for task, samples in theirs.items():
+        for mine, reference in zip(ours[task], samples, strict=True):
+            assert mine["doc"] == reference["doc"]
+            if isinstance(mine["arguments"], list):
+                assert mine["arguments"] == reference["arguments"]
             for one, other in zip(mine["resps"], reference["resps"], strict=True):
                 for answer, expected in zip(one, other, strict=True):
                     if isinstance(expected, str):
                         assert answer == expected, (task, mine["arguments"])
                     elif isinstance(expected, tuple | list):
-                        assert answer[0] == pytest.approx(expected[0], abs=1e-3)
-                        assert answer[1] == expected[1]
+                        assert float(answer[0]) == pytest.approx(expected[0], abs=1e-3)
+                        assert str(answer[1]) == str(expected[1])
                     else:
-                        assert answer == pytest.approx(expected, abs=1e-3)
-        for metric, value in theirs["results"][task].items():
-            if isinstance(value, float):
-                assert ours["results"][task][metric] == pytest.approx(value, rel=1e-4), (task, metric)
+                        assert float(answer) == pytest.approx(expected, abs=1e-3)
 
 
 def compiled() -> int:
@@ -99,6 +111,10 @@ def test_every_kind_of_request_equals_the_hugging_face_model(reference, tasks):
     assert_same(ours, theirs)
     assert compiled() - before == model.programs <= 12
     usage = ours["config"]["qwen2_jax"]
+    assert usage["attention"] and {part for path in usage["attention"].values() for part in path.split(", then ")} == {
+        "dense"
+    }
+    assert usage["skipped"] == 0 and ours["skipped"] == []
     assert usage["programs"] == model.programs and usage["scored_tokens"] > usage["scored_tokens_computed"] > 0
     assert 0 < usage["scoring_padding"] < 0.6
     assert usage["requests"].keys() == {"loglikelihood", "loglikelihood_rolling", "generate_until"}
@@ -115,13 +131,63 @@ def test_chats_equal_the_hugging_face_model(reference, tasks):
         assert prompt.count("<|im_start|>user") == (3 if multiturn else 1)
 
 
-@pytest.mark.parametrize("reference", ["moe"], indirect=True)
-def test_on_a_mesh(reference, tasks):
+MESHES = {"dense": "data=2;tensor=2;context=2", "moe": "data=2;expert=2;tensor=2"}
+
+
+def check_mesh(reference, tasks, names):
     folder, oracle = reference
-    names = ("letters", "stops")
-    model = Qwen2JaxLM(str(folder), dtype="float32", mesh="data=2;expert=2;tensor=2")
+    mesh = MESHES["moe" if "experts" in str(oracle.model.state_dict().keys()) else "dense"]
+    model = Qwen2JaxLM(str(folder), dtype="float32", mesh=mesh)
     assert model.session.mesh.size == 8
     assert_same(run(model, tasks, names), run(oracle, tasks, names))
+
+
+@pytest.mark.parametrize("reference", ["moe"], indirect=True)
+def test_on_a_mesh(reference, tasks):
+    check_mesh(reference, tasks, ("letters", "stops"))
+
+
+@pytest.mark.slow
+def test_every_kind_of_request_on_a_mesh(reference, tasks):
+    check_mesh(reference, tasks, TASKS)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_the_hugging_face_model(reference, tasks, tmp_path):
+    """Every sample, from what the harness writes. The processes were killed before, at different requests: what one
+    wrote down that the first did not (here it is wrong) is computed again."""
+    folder, oracle = reference
+    theirs = run(oracle, tasks, TASKS)
+    mesh = MESHES["moe" if "experts" in str(oracle.model.state_dict().keys()) else "dense"].replace(";", ",")
+    arguments = ["--model", folder, "--dtype", "float32", "--mesh", mesh, "--out", tmp_path / "out"]
+    arguments += ["--tasks", ",".join(str(tasks / f"{name}.yaml") for name in TASKS)]
+    options = parse(evaluate_lm_eval.Options, [str(word) for word in arguments], prog="")
+    answers = evaluate_lm_eval._answers(options.out, options, folder)
+    letters = [
+        (tuple(request), tuple(answer[0]))
+        for sample in theirs["samples"]["qwen2_jax_test_letters"]
+        for request, answer in zip(sample["arguments"], sample["resps"], strict=True)
+    ]
+    first, second = (
+        {request: answer for request, answer in letters[:4]},
+        {request: (7.0, True) for request, _ in letters},
+    )
+    for process, known in enumerate((first, second)):
+        with SqliteDict(str(answers / f"requests_rank{process}.db"), autocommit=True) as written:
+            for request, answer in known.items():
+                written[hash_args("loglikelihood", request)] = answer
+    outs = run_processes(["lm-eval", *arguments, "--json"], 2, 4, tmp_path)
+    assert not outs[1]
+    usage = json.loads(outs[0])["usage"]
+    scored = sum(
+        len(sample["resps"]) for name in ("choices", "cloze") for sample in theirs["samples"][f"qwen2_jax_test_{name}"]
+    )
+    assert usage["requests"]["loglikelihood"] == scored + len(letters) - 4
+    samples = {}
+    for task in theirs["samples"]:
+        (file,) = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
+        samples[task] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert_same_samples(samples, theirs["samples"])
 
 
 @pytest.mark.parametrize("reference", ["dense"], indirect=True)
@@ -133,6 +199,29 @@ def test_long_inputs_lose_what_they_lose_in_the_harness(reference, tasks):
     ours = run(model, tasks, names)
     assert_same(ours, run(shorter, tasks, names))
     assert ours["config"]["qwen2_jax"]["truncated"] > 0
+
+
+@pytest.mark.parametrize("reference", ["dense"], indirect=True)
+def test_the_model_sees_more_where_its_mode_reaches_so_far(reference, tasks):
+    """Prompts are cut as by a model that was opened to see so much, and no longer once it goes back."""
+    folder, _ = reference
+    how = dict(dtype="float32", mode="dca", chunk_size=64, local_size=8, max_gen_toks=32)
+    model, names = Qwen2JaxLM(str(folder), **how), ["rolling", "stops"]
+    short = run(model, tasks, names)
+    model.see(prompts_of=400)
+    assert model.max_length == 432
+    assert_same(run(model, tasks, names), run(Qwen2JaxLM(str(folder), max_length=432, **how), tasks, names))
+    model.see()
+    assert model.max_length == 256
+    assert_same(run(model, tasks, names), short)
+
+    plain = Qwen2JaxLM(str(folder), dtype="float32")
+    plain.see(prompts_of=200)
+    assert plain.max_length == 256  # room for an answer as far as there is any
+    with pytest.raises(ValueError, match="the model sees 256 tokens at once, its prompts have 300; mode=yarn"):
+        plain.see(prompts_of=300)
+    with pytest.raises(ValueError, match="the model sees 40 tokens at once, its prompts have 64; raise max_length"):
+        Qwen2JaxLM(str(folder), max_length=40, **how).see(prompts_of=64)
 
 
 @pytest.mark.parametrize("reference", ["dense"], indirect=True)
