@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from convert.boxes import Bounds
 from convert.names import Array, Shape
 from qwen2_jax.config import Qwen2Config
 
@@ -28,6 +29,14 @@ class Chunk:
     @property
     def shape(self) -> Shape:
         return tuple(side.stop - side.start for side in self.box)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def bounds(self) -> Bounds:
+        return tuple((side.start, side.stop) for side in self.box)
 
 
 def chunk_shape(shape: Shape, itemsize: int, limit: int = CHUNK_BYTES) -> Shape:

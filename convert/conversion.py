@@ -113,10 +113,11 @@ def convert_to_hf(
     """
     folder = expanded(source)
     if not (folder / MANIFEST).is_file():
-        step, which = meant_step(folder), "did you mean"
-        if step is None:
-            step, which = newest_step(folder), "the run's newest step is"
-        hint = "" if step is None else f"; {which} {shown(step)}"
+        hint = ""
+        if step := meant_step(folder):
+            hint = f"; did you mean {shown(step)}?"
+        elif step := newest_step(folder):
+            hint = f"; the run's newest step is {shown(step)}"
         raise ValueError(f"{shown(folder)} is not a checkpoint of ours: it has no {MANIFEST}{hint}")
     opened = open_own(folder)
     if dtype is None and isinstance(opened, StepSource):

@@ -1,20 +1,21 @@
 """Checkpoints in memory: folders of either kind -> the model's parameters, and parameters -> a folder of ours."""
 
 import contextlib
-import math
 import os
 import shutil
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from convert.boxes import Bounds, box_shape, box_size, intersection, resolved, slices, whole
 from convert.checkpoint import open_checkpoint
 from convert.chunks import Source
 from convert.conversion import parse_size
@@ -24,6 +25,7 @@ from convert.files import expanded, listing, shown
 from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder
 from convert.names import Shape, arrays_of
 from convert.native import NativeSink
+from convert.shares import Deal, Dealer, is_shared, placed, stack
 from convert.workspace import open_workspace
 from qwen2_jax.config import Qwen2Config
 from sharding.rules import param_shardings
@@ -47,8 +49,9 @@ def load_checkpoint(
       path: the folder or id.
       dtype: of the parameters: bfloat16, float16 or float32. None keeps each one's. Numbers too large for it become
         infinite, with a warning that names their arrays.
-      mesh: devices to spread the parameters over, by `sharding.rules.param_shardings`; each process reads only what its
-        devices need. None puts everything on the default device.
+      mesh: devices to spread the parameters over, by `sharding.rules.param_shardings`. Each process reads what its own
+        devices hold; where whole chunks of that would be more than a tenth too much, the processes read different
+        chunks and exchange them. All of them must call this. None puts everything on the default device.
       stacked: the form of the parameter tree: per layer (`layers_0`, ...), or with a leading axis over layers.
       max_host_memory: of arrays on their way to devices, as bytes or as text such as "512MB". One array's part for this
         process is always held whole, and each of four threads takes some 100 MB besides. On CPU devices the parameters
@@ -78,30 +81,48 @@ def load_open(
     room = _Room(parse_size(max_host_memory))
     target = None if dtype is None else weight_dtype(dtype)
     leaves = _leaves(config, source.arrays, stacked)
+    # Large ones first: the last thread to finish then has little left to do.
+    order = sorted(leaves, key=lambda leaf: -source.arrays[leaves[leaf][0]].size)
     shardings = None if mesh is None else _flatten(param_shardings(config, mesh, stacked))
+    shared = {} if shardings is None else shared_arrays(source, {leaf: leaves[leaf] for leaf in order}, shardings)
     overflowed: Counter[str] = Counter()  # each array is read by one thread
 
+    def dtype_of(leaf: str) -> np.dtype:
+        stored = {source.dtypes[path] for path in leaves[leaf]}
+        return target or (stored.pop() if len(stored) == 1 else FLOAT32)
+
     def load(leaf: str) -> jax.Array:
-        paths = leaves[leaf]
+        paths, wanted = leaves[leaf], dtype_of(leaf)
         shape = source.arrays[paths[0]].shape
         shape = (len(paths), *shape) if leaf.startswith("layers.") else shape
-        stored = {source.dtypes[path] for path in paths}
-        wanted = target or (stored.pop() if len(stored) == 1 else FLOAT32)
-        boxes = {_whole(shape)} if shardings is None else _own_boxes(shardings[leaf], shape)
-        with room.taken(sum(map(_box_size, boxes)) * wanted.itemsize):
+        boxes = {whole(shape)} if shardings is None else _own_boxes(shardings[leaf], shape)
+        with room.taken(sum(map(box_size, boxes)) * wanted.itemsize):
             parts = _read_boxes(source, paths, shape, sorted(boxes, key=repr), wanted, overflowed)
             if shardings is None:
-                return jax.block_until_ready(jax.device_put(parts[_whole(shape)]))
+                return jax.block_until_ready(jax.device_put(parts[whole(shape)]))
+            return _on_devices(parts, shape, shardings[leaf], wanted)
 
-            def place(index: Any) -> np.ndarray:
-                return parts[_resolved(index, shape)]
+    def take_in(leaf: str, path: str) -> jax.Array:
+        deal, wanted = shared[path], dtype_of(leaf)
+        with room.taken(sum(map(box_size, _own_boxes(deal.sharding, deal.shape))) * wanted.itemsize):
+            return _on_devices(_read_slots(source, path, deal, wanted, overflowed), deal.shape, deal.sharding, wanted)
 
-            return jax.block_until_ready(jax.make_array_from_callback(shape, shardings[leaf], place, dtype=wanted))
+    def place(leaf: str, taken: Iterator[jax.Array]) -> jax.Array:
+        assert shardings is not None
+        paths, sharding = leaves[leaf], shardings[leaf]
+        one = _of_one(leaf, sharding)
+        arrays = [
+            placed(shared[path], next(taken), source.chunks(path), source.arrays[path].shape, one) for path in paths
+        ]
+        return arrays[0] if one is sharding else stack(arrays, sharding)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        # Large ones first: the last thread to finish then has little left to do.
-        order = sorted(leaves, key=lambda leaf: -source.arrays[leaves[leaf][0]].size)
-        arrays = dict(zip(order, pool.map(load, order), strict=True))
+        jobs = [(leaf, path) for leaf in order for path in (leaves[leaf] if leaves[leaf][0] in shared else [None])]
+        # Chunks wait on the devices for the exchange, each in a slot of its own: not too many of them.
+        ahead = 2 * _THREADS if shared else len(jobs)
+        read = _in_order(pool, lambda job: load(job[0]) if job[1] is None else take_in(*job), jobs, ahead)
+        # What moves between processes does so in the same order on all of them: here, and not in the threads.
+        arrays = {leaf: place(leaf, read) if leaves[leaf][0] in shared else next(read) for leaf in order}
     if overflowed:
         counts = [f"{name}: {count}" for name, count in overflowed.items()]
         warnings.warn(
@@ -109,6 +130,53 @@ def load_open(
             stacklevel=3,
         )
     return config, _nest({leaf: arrays[leaf] for leaf in leaves})
+
+
+def shared_arrays(
+    source: Source, leaves: Mapping[str, list[str]], shardings: Mapping[str, NamedSharding]
+) -> dict[str, Deal]:
+    """By path, the arrays whose chunks are dealt out to processes, since each would read too much for its own parts."""
+    mesh = next(iter(shardings.values())).mesh
+    assert isinstance(mesh, jax.sharding.Mesh)
+    dealer, shared = Dealer(mesh), {}
+    known: dict[Any, bool] = {}  # layers are alike
+    for leaf, paths in leaves.items():
+        one, shape, chunks = _of_one(leaf, shardings[leaf]), source.arrays[paths[0]].shape, source.chunks(paths[0])
+        alike = one, shape, len(chunks)
+        if alike not in known:
+            known[alike] = is_shared(one, shape, chunks)
+        if known[alike]:
+            shared.update({path: dealer.deal(source.chunks(path), source.dtypes[path].itemsize) for path in paths})
+    return shared
+
+
+def _in_order(pool: Executor, run: Callable[[Any], jax.Array], jobs: Iterable[Any], ahead: int) -> Iterator[jax.Array]:
+    """The results of run(job), of which at most `ahead` are begun before they are asked for."""
+    begun: deque[Future[jax.Array]] = deque()
+    try:
+        for job in jobs:
+            begun.append(pool.submit(run, job))
+            if len(begun) > ahead:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()
+
+
+def _of_one(leaf: str, sharding: NamedSharding) -> NamedSharding:
+    """How one layer's array of a leaf is spread, where the leaf is the stack of all layers'."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:])) if leaf.startswith("layers.") else sharding
+
+
+def _on_devices(
+    parts: Mapping[Bounds, np.ndarray], shape: Shape, sharding: NamedSharding, dtype: np.dtype
+) -> jax.Array:
+    def part(index: Any) -> np.ndarray:
+        return parts[resolved(index, shape)]
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, part, dtype=dtype))
 
 
 def save_checkpoint(
@@ -233,25 +301,9 @@ def _nest(flat: Mapping[str, Any]) -> Params:
     return tree
 
 
-Bounds = tuple[tuple[int, int], ...]
-"""A box of an array: (start, stop) along each axis."""
-
-
-def _whole(shape: Shape) -> Bounds:
-    return tuple((0, side) for side in shape)
-
-
 def _own_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> set[Bounds]:
     """What the devices of this process hold; devices with the same numbers share a box."""
-    return {_resolved(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
-
-
-def _resolved(index: Any, shape: Shape) -> Bounds:
-    return tuple(side.indices(size)[:2] for side, size in zip(index, shape, strict=True))
-
-
-def _box_size(box: Bounds) -> int:
-    return math.prod(stop - start for start, stop in box)
+    return {resolved(index, shape) for index in sharding.addressable_devices_indices_map(shape).values()}
 
 
 def _read_boxes(
@@ -262,7 +314,7 @@ def _read_boxes(
     Every chunk of the source that some box needs is read once. A leaf with one more axis than its arrays is the stack
     of those at `paths`. Finite numbers that the cast made infinite are counted in `overflowed`, by array.
     """
-    outs = {box: _aligned_empty(tuple(stop - start for start, stop in box), dtype) for box in boxes}
+    outs = {box: _aligned_empty(box_shape(box), dtype) for box in boxes}
     if len(shape) == len(source.arrays[paths[0]].shape):
         _read_array(source, paths[0], outs, overflowed)
         return outs
@@ -277,36 +329,43 @@ def _read_array(source: Source, path: str, outs: Mapping[Bounds, np.ndarray], ov
     """Fills each array of `outs` with the box of array `path` that it is for."""
     stored = source.dtypes[path]
     for chunk in source.chunks(path):
-        bounds = tuple((side.start, side.stop) for side in chunk.box)
-        meets = {box: inside for box in outs if (inside := _intersection(box, bounds))}
+        meets = {box: inside for box in outs if (inside := intersection(box, chunk.bounds))}
         if not meets:
             continue
         if len(meets) == 1:
             ((box, inside),) = meets.items()
-            target = outs[box][_slices(inside, box)]
-            if inside == bounds and target.flags.c_contiguous and stored == target.dtype:
+            target = outs[box][slices(inside, box)]
+            if inside == chunk.bounds and target.flags.c_contiguous and stored == target.dtype:
                 source.read(path, chunk.start, target.reshape(-1))
                 continue
-        numbers = np.empty(chunk.stop - chunk.start, stored)
+        numbers = np.empty(chunk.size, stored)
         source.read(path, chunk.start, numbers)
         numbers = numbers.reshape(chunk.shape)
         for box, inside in meets.items():
-            part = np.ascontiguousarray(numbers[_slices(inside, bounds)])
-            result = cast(part, outs[box].dtype)
-            if stored != result.dtype and (infinite := count_nonfinite(result.reshape(-1))):
-                infinite -= count_nonfinite(part.reshape(-1))
-                overflowed.update({path: infinite} if infinite else {})
-            outs[box][_slices(inside, box)] = result
+            part = np.ascontiguousarray(numbers[slices(inside, chunk.bounds)])
+            outs[box][slices(inside, box)] = _cast(part, outs[box].dtype, path, overflowed)
 
 
-def _intersection(a: Bounds, b: Bounds) -> Bounds | None:
-    sides = tuple((max(low, start), min(high, stop)) for (low, high), (start, stop) in zip(a, b, strict=True))
-    return sides if all(low < high for low, high in sides) else None
+def _read_slots(
+    source: Source, path: str, deal: Deal, dtype: np.dtype, overflowed: Counter[str]
+) -> dict[Bounds, np.ndarray]:
+    """What the devices of this process take in of an array that is dealt out; nobody looks into empty slots."""
+    blocks = {box: _aligned_empty(box_shape(box), dtype) for box in _own_boxes(deal.sharding, deal.shape)}
+    for slot, chunk in zip(deal.slots, source.chunks(path), strict=True):
+        for box, block in blocks.items():
+            if box[0][0] <= slot < box[0][1]:
+                numbers = np.empty(chunk.size, source.dtypes[path])
+                source.read(path, chunk.start, numbers)
+                block[slot - box[0][0], : chunk.size] = _cast(numbers, dtype, path, overflowed)
+    return blocks
 
 
-def _slices(inside: Bounds, of: Bounds) -> tuple[slice, ...]:
-    """`inside`, counted from the beginning of the box that it is a part of."""
-    return tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(inside, of, strict=True))
+def _cast(numbers: np.ndarray, dtype: np.dtype, path: str, overflowed: Counter[str]) -> np.ndarray:
+    result = cast(numbers, dtype)
+    if numbers.dtype != dtype and (infinite := count_nonfinite(result.reshape(-1))):
+        infinite -= count_nonfinite(numbers.reshape(-1))
+        overflowed.update({path: infinite} if infinite else {})
+    return result
 
 
 class _Room:

@@ -110,7 +110,8 @@ def newest_step(folder: Path) -> Path | None:
 def meant_step(path: Path) -> Path | None:
     """The step 00000300 beside `path`, which is not there, if that is named 300."""
     step = path.parent / path.name.zfill(8)
-    return step if STEP_NAME.fullmatch(step.name) and os.path.isfile(step / MANIFEST) else None
+    named = path.name and STEP_NAME.fullmatch(step.name)  # not "."
+    return step if named and os.path.isfile(step / MANIFEST) else None
 
 
 def small_files(folder: Path, state: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from qwen2_jax.config import Qwen2Config
 from qwen2_jax.moe import Experts, Routing, check_moe, default_backend, dropped_choices, with_capacity
 from sharding import expert_exchange
 from sharding.expert_exchange import Layer
@@ -59,10 +60,19 @@ class ExpertParallel:
 
     @property
     def name(self) -> str:
-        """For reports."""
-        how = self.variant or "exchange or gather by size"
-        devices = self.mesh.shape.get("expert", 1)
-        return f"{self.backend or default_backend(self.platform)}, {devices} devices of expert, {how}"
+        """For reports; `name_for` also says what sizes lead to."""
+        return f"{self._where}, {self.variant or 'exchange or gather by size'}"
+
+    @property
+    def _where(self) -> str:
+        return f"{self.backend or default_backend(self.platform)}, {self._devices('expert')} devices of expert"
+
+    def name_for(self, config: Qwen2Config, shape: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.bfloat16) -> str:
+        """`name` for activations of [B, T] tokens, all devices together, for which the choice by size is made."""
+        how = self._split(
+            (*shape, config.hidden_size), jnp.dtype(dtype), config.num_experts, config.num_experts_per_tok
+        )
+        return f"{self._where}, {'no token moves' if how.variant == 'stay' else how.variant}"
 
     def __call__(
         self, x: jax.Array, routing: Routing, experts: Experts, capacity_factor: float | None = None
@@ -80,7 +90,7 @@ class ExpertParallel:
         """
         count, choices = experts.gate.shape[0], routing.experts.shape[-1]
         self._check_divides(experts)
-        split = self._split(x, count, choices, capacity_factor)
+        split = self._split(x.shape, x.dtype, count, choices, capacity_factor)
         layer = Layer(
             split=split,
             backend=self.backend or default_backend(self.platform),
@@ -113,14 +123,21 @@ class ExpertParallel:
     def _devices(self, axis: str) -> int:
         return self.mesh.shape.get(axis, 1)
 
-    def _split(self, x: jax.Array, experts: int, choices: int, capacity_factor: float | None) -> Split:
-        batch, length, width = x.shape
+    def _split(
+        self,
+        shape: tuple[int, ...],
+        dtype: jnp.dtype,
+        experts: int,
+        choices: int,
+        capacity_factor: float | None = None,
+    ) -> Split:
+        batch, length, width = shape
         return split_experts(
             self.mesh.shape,
             (batch, length, width),
             experts,
             choices,
-            x.dtype.itemsize,
+            dtype.itemsize,
             self.variant,
             self.slack,
             capacity_factor,

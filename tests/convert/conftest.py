@@ -10,6 +10,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from tests.oracles.tokenizers import qwen2_rules
+
 TINY = dict(
     vocab_size=96,
     hidden_size=32,
@@ -39,6 +41,7 @@ DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float
 TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}},
     "added_tokens": [{"id": 2, "content": "<|endoftext|>"}],
+    **qwen2_rules(),
 }
 
 

@@ -69,10 +69,14 @@ def test_stacked_and_cast(kind, dtype, folder):
     assert_same(params, expected)
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_sharded(kind, stacked, folder, monkeypatch):
+def test_sharded(kind, stacked, shared, folder, monkeypatch):
+    """Also if chunks are dealt out to the devices and exchanged, as several processes do it."""
     monkeypatch.setattr("convert.chunks.chunk_shape.__defaults__", (500,))  # shards then cut through chunks
+    if shared:
+        monkeypatch.setattr("convert.load.is_shared", lambda *_: True)
     path = folder(kind)
     mesh = jax.make_mesh((2, 2, 2), ("fsdp", "tensor", "expert"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     config, plain = load_checkpoint(path, dtype=np.float32)

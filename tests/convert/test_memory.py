@@ -1,6 +1,7 @@
 """Memory stays within what the user allows, whatever the model's size."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
@@ -37,6 +38,33 @@ def test_two_gigabytes_in_half_of_one(config, tmp_path, run):
     for path in (tmp_path / "hf").iterdir():
         subprocess.run(["cmp", path, tmp_path / "back" / path.name], check=True)
     assert peak_bytes("from-hf", tmp_path / "hf", tmp_path / "wide", "--dtype", "float32", *limit) < 512e6
+
+
+LOADING = """
+import sys
+import jax
+from benchmarks.machine import peak_memory
+from convert import load_checkpoint
+from sharding import make_mesh
+
+mesh = make_mesh("fsdp=8")
+jax.block_until_ready(jax.numpy.ones(1))
+before = peak_memory()
+_, params = load_checkpoint(sys.argv[1], mesh=mesh, stacked=True, max_host_memory=sys.argv[2])
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.slow
+def test_loading_takes_little_more_than_the_parameters(tmp_path):
+    """On CPU devices the parameters are in the same memory, 856 MB here; no leaf is larger than the limit."""
+    config = dataclasses.replace(SHAPE_1_5B, num_hidden_layers=7, vocab_size=65536)
+    total = write_random(tmp_path / "hf", config, "bfloat16", shard_size=10**9)
+    assert total > 0.8e9
+    command = [sys.executable, "-c", LOADING, tmp_path / "hf", "200MB"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert total < int(done.stdout) < total + 200e6
 
 
 @pytest.mark.slow

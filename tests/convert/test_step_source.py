@@ -116,6 +116,9 @@ def test_says_which_step_was_meant(make_step, run, tmp_path, monkeypatch):
     monkeypatch.chdir(runs.parent)
     for job in (["to-hf", "checkpoints/12", tmp_path / "out"], ["verify", "checkpoints/12", step]):
         assert "did you mean checkpoints/00000012?" in run(*job)[2]
+    shutil.copytree(step, runs / "00000000")
+    monkeypatch.chdir(runs)
+    assert "the run's newest step is 00000012" in run("to-hf", ".", tmp_path / "out")[2]
 
 
 def test_warns_of_a_tokenizer_that_transformers_would_change(make_step, run, tmp_path):

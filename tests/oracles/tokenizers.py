@@ -1,7 +1,9 @@
 """A tokenizer of bytes, for models that are too small for Qwen's."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
@@ -13,6 +15,14 @@ QWEN2_PIECES = pre_tokenizers.Sequence(
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
 )
+
+
+def qwen2_rules() -> dict[str, Any]:
+    """What tokenizer.json says of them."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer, backend.pre_tokenizer = normalizers.NFC(), QWEN2_PIECES
+    rules = json.loads(backend.to_str())
+    return {name: rules[name] for name in ("normalizer", "pre_tokenizer")}
 
 
 def write_byte_tokenizer(folder: Path, tokens: Sequence[str] = ()) -> Path:

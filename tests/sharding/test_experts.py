@@ -1,6 +1,7 @@
 """Experts on many devices compute what they compute on one, in value and gradient, however the router chooses."""
 
 import collections
+import dataclasses
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ from qwen2_jax.remat import REMAT_POLICIES
 from sharding.expert_split import split_experts
 from sharding.experts import ExpertParallel
 from sharding.mesh import MeshSpec, make_mesh
+from tests.sharding.models import MODELS
 from tests.tpu import run_for_tpu
 
 WIDTH, INNER, EXPERTS, CHOICES = 16, 8, 16, 4
@@ -29,18 +31,18 @@ def mesh_of(spec):
 
 
 @functools.cache
-def make(batch, length, kind, dtype=jnp.float32):
+def make(batch, length, kind, dtype=jnp.float32, count=EXPERTS):
     """x, routing, experts and the result's gradient; a fifth of the tokens is padding, whose choices are nobody."""
     generator = np.random.default_rng(batch + length)
     x, dout = (jnp.asarray(generator.normal(size=(batch, length, WIDTH)), dtype) for _ in range(2))
-    shapes = (EXPERTS, INNER, WIDTH), (EXPERTS, INNER, WIDTH), (EXPERTS, WIDTH, INNER)
+    shapes = (count, INNER, WIDTH), (count, INNER, WIDTH), (count, WIDTH, INNER)
     experts = Experts(*(jnp.asarray(generator.normal(size=shape) * 0.3, jnp.float32) for shape in shapes))
     steepness = {"random": 0.0, "skewed": 0.5, "one": 100.0, "nobody": 0.0}[kind]  # "one": all choose the same experts
-    scores = generator.normal(size=(batch, length, EXPERTS)) - steepness * np.arange(EXPERTS)
+    scores = generator.normal(size=(batch, length, count)) - steepness * np.arange(count)
     chosen = jnp.asarray(np.argsort(-scores, axis=-1)[..., :CHOICES], jnp.int32)
     weights = jnp.asarray(generator.uniform(0.1, 1.0, size=chosen.shape), dtype)
     real = generator.uniform(size=(batch, length, 1)) > (1.0 if kind == "nobody" else 0.2)
-    routing = Routing(weights, chosen, jnp.full((batch, length, EXPERTS), 1 / EXPERTS))
+    routing = Routing(weights, chosen, jnp.full((batch, length, count), 1 / count))
     return x, keep(routing, jnp.asarray(real)), experts, dout
 
 
@@ -88,6 +90,30 @@ def test_equals_one_device(spec, variant, backend, shape, kinds, slack):
     for kind in kinds:
         given = make(*shape, kind)
         assert_close(run(*given), on_one_device(*given))
+
+
+@pytest.mark.parametrize(
+    ("devices", "count", "shape"),
+    [
+        (3, 15, (6, 7)),
+        pytest.param(5, 15, (5, 11), marks=pytest.mark.slow),
+        pytest.param(6, 12, (6, 13), marks=pytest.mark.slow),
+        (7, 14, (2, 77)),  # rows do not divide, so each row is split
+    ],
+)
+def test_exchange_among_any_number_of_devices(devices, count, shape):
+    """Neither do the tokens of a device fill whole rounds, nor does their number divide over the devices again."""
+    parallel = ExpertParallel(mesh_of(f"expert={devices}"), "sorted", "exchange", slack=0.3)
+    split = split_on(f"expert={devices}", *shape, WIDTH, count, CHOICES, variant="exchange", slack=0.3)
+    assert split.variant == "exchange" and split.most_rounds > 1
+    assert split.tokens % split.slots and split.tokens % devices
+    program = None
+    for kind in ("random", "skewed", "one"):
+        given = make(*shape, kind, count=count)
+        if program is None:
+            program = with_gradients(parallel).lower(*given).compile()
+            assert collectives(program.as_text()).keys() >= {"all-to-all"}
+        assert_close(program(*given), on_one_device(*given))
 
 
 def split_on(spec, batch, length, width=3584, experts=64, choices=8, **how):
@@ -247,12 +273,31 @@ def test_compiles_for_tpu():
     assert report == {"forward": {"ragged": 2, "padded": 1}, "backward": {"ragged": 3, "padded": 2}}
 
 
+@pytest.mark.tpu
+def test_shared_expert_waits_for_the_exchange():
+    """Nothing keeps the compiler from running it while rows are on their way; the page says that it does not do so."""
+    done = run_for_tpu(str(Path(__file__).parent / "compile_shared_expert.py"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"exchanges": 2, "products": 4, "meanwhile": 0}
+
+
 def test_is_a_value():
     one, other = (ExpertParallel(mesh_of("expert=4,data=2"), "sorted") for _ in range(2))
     assert one == other
     assert hash(one) == hash(other)
     assert one != ExpertParallel(one.mesh, "loop")
-    assert one.name == "sorted, 4 devices of expert, exchange or gather by size"
+
+
+def test_says_what_runs():
+    parallel = ExpertParallel(mesh_of("expert=8"), "sorted")
+    assert parallel.name == "sorted, 8 devices of expert, exchange or gather by size"
+    config = dataclasses.replace(
+        MODELS["moe"], hidden_size=1024, num_experts=64, num_experts_per_tok=2, moe_intermediate_size=256
+    )
+    for shape, how in {(8, 4096): "exchange", (8, 1): "gather", (1, 1): "no token moves"}.items():
+        assert parallel.name_for(config, shape) == f"sorted, 8 devices of expert, {how}"
+    always = ExpertParallel(mesh_of("expert=8"), "sorted", "gather")
+    assert always.name_for(config, (8, 4096)) == always.name == "sorted, 8 devices of expert, gather"
 
 
 def test_refuses():

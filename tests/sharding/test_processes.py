@@ -1,50 +1,111 @@
 """Two processes with four devices each compute what one device computes; how processes find each other."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import pytest
 
 from convert import save_checkpoint
+from convert.conversion import convert_to_hf
 from qwen2_jax.model import unstack_layers
 from sharding.processes import join_processes
 from tests.sharding.models import MODELS, parameters
-from tests.sharding.run_two_processes import CASES
+from tests.sharding.run_two_processes import CASES, LOADS
 
-SCRIPT = Path(__file__).parent / "run_two_processes.py"
+HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one_device(tmp_path):
-    config = MODELS["dense"]
-    save_checkpoint(tmp_path / "model", config, unstack_layers(parameters(config), config))
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = {
+        return probe.getsockname()[1]
+
+
+def run_two(script, arguments, environment, timeout):
+    """(exit status, standard output, standard error) of two processes with four devices each, run side by side."""
+    common = {
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "4",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(SCRIPT.parents[2]),
+        "PYTHONPATH": str(HERE.parents[1]),
     }
     runs = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, address, str(process), tmp_path / "model"],
-            env=environment,
+            [sys.executable, HERE / script, *arguments(process)],
+            env={**common, **environment(process)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for process in range(2)
     ]
-    ended = [(run, *run.communicate(timeout=600)) for run in runs]
-    for run, out, errors in ended:
-        assert run.returncode == 0, errors[-3000:]
-        assert out.count("equal:") == len(CASES) + 1
+    # Both are read at once, lest one waits for its output to be taken and the other one for it.
+    try:
+        with ThreadPoolExecutor() as pool:
+            ended = list(pool.map(lambda run: run.communicate(timeout=timeout), runs))
+    finally:
+        for run in runs:
+            run.kill()
+    return [(run.returncode, *texts) for run, texts in zip(runs, ended, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_device(tmp_path):
+    """Also in what they load: 12 meshes for dense and for MoE models, plain and dual-chunk."""
+    assert len(CASES) == 4 * 12
+    config = MODELS["dense"]
+    save_checkpoint(tmp_path / "ours", config, unstack_layers(parameters(config), config))
+    convert_to_hf(tmp_path / "ours", tmp_path / "hf")
+    address, folders = f"127.0.0.1:{free_port()}", (tmp_path / "ours", tmp_path / "hf")
+    ended = run_two("run_two_processes.py", lambda process: (address, str(process), *folders), lambda _: {}, 3600)
+    for status, out, errors in ended:
+        assert status == 0, errors[-3000:]
+        assert out.count("equal:") == 2 * len(LOADS) + 1 + len(CASES)
+
+
+def slurm(job, process):
+    return {
+        "SLURM_JOB_ID": str(job),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(process),
+        "SLURM_LOCALID": str(process),
+    }
+
+
+def open_mpi(job, process):
+    return {
+        "OMPI_MCA_orte_hnp_uri": f"{job << 12}.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(process),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+    }
+
+
+def free_job():
+    """The number of a job for which the port that JAX makes of it, 61440 and its last 12 bits, is free."""
+    for job in range(os.getpid() % 4096, 4096):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 61440 + job))
+            return job
+    raise AssertionError("no port is free")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cluster", [slurm, open_mpi])
+def test_processes_of_a_cluster_find_each_other(cluster):
+    """By what srun and mpirun put into the environment, without a flag."""
+    job = free_job()
+    ended = run_two("run_joining.py", lambda _: (), lambda process: cluster(job, process), 300)
+    for process, (status, out, errors) in enumerate(ended):
+        assert status == 0, errors[-3000:]
+        assert out.split() == [str(process), "2", "8"]
 
 
 @pytest.mark.parametrize(
