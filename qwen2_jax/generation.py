@@ -214,6 +214,52 @@ def stream(run: Generation) -> Iterator[int]:
         yield from (int(token) for token in run.advance(STREAM_CHUNK)[0])
 
 
+def trace_prefill(
+    config: Qwen2Config,
+    params: Params,
+    rows: int,
+    slots: int,
+    room: int,
+    options: Options = Options(),
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+) -> Any:
+    """The prefill that `Generation` runs, not run: params are `jax.ShapeDtypeStruct`s, prompts have `slots` tokens."""
+    each = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return _prefill.trace(
+        *(params, jax.ShapeDtypeStruct((rows, slots), jnp.int32), each, each, *jax.eval_shape(_choosing)),
+        config=config,
+        steps=Sampling().steps,
+        room=room,
+        chunk=None,
+        options=options,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def trace_decode(config: Qwen2Config, params: Params, cache: Cache, room: int, options: Options = Options()) -> Any:
+    """The decode loop that `Generation` runs, not run: params and the cache are `jax.ShapeDtypeStruct`s."""
+    rows, dtype = cache.segment_ids.shape[0], jax.tree.leaves(cache.layers)[0].dtype
+    key, values, ends = jax.eval_shape(_choosing)
+
+    def empty() -> State:
+        """All but the cache and the key."""
+        each, count, ended = jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32), jnp.zeros(rows, bool)
+        answer, finite = jnp.zeros((rows, room), jnp.int32), jnp.ones((), bool)
+        return State(None, each, answer, count, limits=each, ended=ended, finite=finite, seen=None, key=None)  # type: ignore[arg-type]
+
+    state = jax.eval_shape(empty).replace(cache=cache, key=key)
+    count, ended = state.count, state.ended
+    steps, options = Sampling().steps, options._replace(attention=None)
+    return _decode.trace(
+        *(params, state, count, ended, values, ends), config=config, steps=steps, options=options, dtype=dtype
+    )
+
+
+def _choosing() -> tuple[jax.Array, Values, "_Ends"]:
+    """What greedy choices take, for one token that ends an answer."""
+    return jax.random.key(0), Sampling().values, _Ends(jnp.zeros(1, jnp.int32), jnp.zeros((), jnp.int32))
+
+
 def checked_prompts(
     config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int | Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from qwen2_jax.einsum import einsum
 from qwen2_jax.placement import WeightPlacement
+from qwen2_jax.target import target_platform
 
 _FEW_ROWS = 64
 """Up to here (decoding) products are written as plain matrix products, in the order that XLA:CPU runs fastest."""
@@ -66,7 +67,7 @@ def _contract(equation: str, placement: WeightPlacement | None, x: jax.Array, ke
         return einsum(equation, x, kernel)
     assert batch + outputs == y_axes, equation
     inputs = math.prod(sizes[axis] for axis in x_axes if axis not in y_axes)
-    alone = rows == 1 and jax.default_backend() == "cpu" and _slow_alone(x, inputs)
+    alone = rows == 1 and target_platform() == "cpu" and _slow_alone(x, inputs)
     flat = x.reshape(rows, inputs)
     y = _few_rows(jnp.concatenate([flat, flat]) if alone else flat, kernel.reshape(-1, inputs))
     return y[:rows].reshape([sizes[axis] for axis in y_axes])
@@ -81,10 +82,10 @@ def _few_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if x.dtype == jnp.float32:
         # The unit axis lets XLA:CPU return the transposed product without a slow transposition.
         return einsum("OI,MTI->OMT", kernel, x[:, None]).transpose(1, 2, 0)[:, 0]
-    if jax.default_backend() == "cpu":
+    if target_platform() == "cpu":
         # Tied to x, lest XLA turn every weight into float32 ahead of the decode loop and read twice as much.
         x, kernel = jax.lax.optimization_barrier((x, kernel))
-    if 2 < len(x) <= 8 and kernel.size >= _LARGE_KERNEL and jax.default_backend() == "cpu" and _OLD_CPU:
+    if 2 < len(x) <= 8 and kernel.size >= _LARGE_KERNEL and target_platform() == "cpu" and _OLD_CPU:
         return jnp.concatenate([einsum("MI,OI->MO", row[None], kernel) for row in x])
     return einsum("MI,OI->MO", x, kernel)
 

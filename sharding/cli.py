@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # only: the formula must not wait for JAX
 
     from sharding.planner.compiled import Compiled
 
+TOP = 10
+"""Candidates of a search to print, unless asked for more or fewer."""
 _COMPILED = 3
 """Candidates of a search that are compiled: each takes minutes."""
 
@@ -57,16 +59,27 @@ class Options:
         ),
     ] = None
     """What training keeps of each layer for the backward pass; the rest is computed again."""
-    optimizer: Optimizer = "adamw"
+    optimizer: Annotated[
+        Optimizer | None, arg(metavar="{adamw,adamw-bf16,sgd}", help_behavior_hint="(default: adamw)")
+    ] = None
     """Of training; adamw-bf16 keeps the first moment in bfloat16."""
     compile: bool = False
     """Also compile for the topology, and print what XLA says beside the formula; with --search, the best three."""
     search: bool = False
     """Rank all meshes, batches and remat policies that fit, save for those that are given."""
-    top: Annotated[int, arg(metavar="N")] = 10
+    top: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: 10)")] = None
     """Candidates of a search to print."""
     json: bool = False
     """Print one JSON object: bytes, seconds, operations."""
+
+    def __post_init__(self):
+        if self.top is not None and not self.search:
+            raise ValueError("--top is of a search; add --search, or leave it out")
+        if self.top is not None and self.top < 1:
+            raise ValueError(f"--top must be 1 or more, got {self.top}")
+        for flag, value in (("--remat", self.remat), ("--optimizer", self.optimizer)):
+            if value is not None and self.task != "train":
+                raise ValueError(f"{flag} is of training, got --task {self.task}; leave it out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,8 +95,8 @@ def _request(options: Options, mesh: str, batch: int) -> Request:
     """Not checked yet."""
     config = read_config(options.model)
     place = parse_topology(options.topology, options.slices)
-    spec, remat = MeshSpec.parse(mesh), options.remat or "full"
-    return Request(options.model, config, place, spec, options.task, batch, options.seq, remat, options.optimizer)
+    spec, remat, optimizer = MeshSpec.parse(mesh), options.remat or "full", options.optimizer or "adamw"
+    return Request(options.model, config, place, spec, options.task, batch, options.seq, remat, optimizer)
 
 
 def plan(options: Options) -> Estimate:
@@ -96,15 +109,12 @@ def plan(options: Options) -> Estimate:
 
 
 def ranked(options: Options) -> list[Estimate]:
-    """The candidates that a search finds, best first. Raises ValueError if nothing fits."""
+    """The candidates that a search finds, best first. Raises ValueError as `MeshSpec.resolve` and `search`."""
     request = _request(options, options.mesh or "", options.batch or 1)
     mesh = None if options.mesh is None else [request.mesh.resolve(request.topology.devices)]
     batch = None if options.batch is None else [options.batch]
     remat = None if options.remat is None else [options.remat]
-    found = search(request, mesh, batch, remat)
-    if not found:
-        raise ValueError(f"nothing that divides fits {request.topology}; use more chips, or shorter rows (--seq)")
-    return found
+    return search(request, mesh, batch, remat)
 
 
 def _plan(options: Options) -> int:
@@ -125,7 +135,7 @@ def _plan(options: Options) -> int:
 
 def _search(options: Options) -> int:
     found = ranked(options)
-    best = found[: options.top]
+    best = found[: options.top or TOP]
     if not options.json:
         print(f"{options.model}: {options.task}, rows of {options.seq:,} tokens on {best[0].request.topology}")
         report.show(report.search_sheet(best))
@@ -149,13 +159,13 @@ def _compiled(request: Request, quiet: bool) -> "Compiled":
     return compile_request(request, _program)
 
 
-def _program(request: Request, mesh: "Mesh") -> tuple[Any, tuple[Any, ...]]:
+def _program(request: Request, mesh: "Mesh") -> Any:
     # Imported when it is called: these import JAX, which must not start before its environment is set.
     if request.training:
-        from train.program import training_program as build
+        from train.program import training_program as program
     else:
-        from sharding.planner.programs import serving_program as build
-    return build(request, mesh)
+        from sharding.planner.programs import serving_program as program
+    return program(request, mesh)
 
 
 def _as_json(result: Estimate, compiled: "Compiled | None") -> dict[str, Any]:

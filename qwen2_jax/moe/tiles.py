@@ -12,6 +12,7 @@ from jax import lax
 
 from qwen2_jax.einsum import einsum
 from qwen2_jax.projection import take_as
+from qwen2_jax.target import target_platform
 
 
 @jax.custom_vjp
@@ -47,7 +48,7 @@ def _by_tile(equation: str, rows: jax.Array, sizes: jax.Array, kernels: jax.Arra
     kernels = take_as(kernels, rows.dtype)
     width = kernels.shape[1] if equation.endswith("O") else kernels.shape[2]
     # XLA:CPU would convert a whole bfloat16 result for each tile that is written into it.
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else rows.dtype
+    dtype = jnp.float32 if target_platform() == "cpu" else rows.dtype
 
     def tile(i, out):
         out, all_rows, all_kernels = _as_stored(out, rows, kernels)
@@ -66,7 +67,7 @@ def _as_stored(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
     Tied to it, lest XLA:CPU turn all bfloat16 weights into float32 ahead of the loop, those of idle experts too.
     """
-    return lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
+    return lax.optimization_barrier(arrays) if target_platform() == "cpu" else arrays
 
 
 class _Tiles(NamedTuple):

@@ -45,8 +45,11 @@ def _batches(request: Request) -> Iterator[tuple[str, Request]]:
 
 
 def _meshes(request: Request) -> Iterator[tuple[str, Request]]:
-    for found in search(request, batches=[request.batch], remats=[request.remat])[:1]:
-        yield f"--mesh {found.request.mesh}", found.request
+    try:
+        best = search(request, batches=[request.batch], remats=[request.remat])[0].request
+    except ValueError:  # none fits
+        return
+    yield f"--mesh {best.mesh}", best
 
 
 def _chips(request: Request) -> Iterator[tuple[str, Request]]:

@@ -21,8 +21,8 @@ from sharding.planner.suspicions import suspicions
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-Build = Callable[[Request, "Mesh"], tuple[Any, tuple[Any, ...]]]
-"""A request on a mesh as a jitted function and its arguments, `jax.ShapeDtypeStruct`s that say where they are."""
+Trace = Callable[[Request, "Mesh"], Any]
+"""The program of a request on a mesh, traced: a `jax.stages.Traced`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ def prepare(topology: Topology) -> None:
     )
 
 
-def compile_request(request: Request, build: Build) -> Compiled:
+def compile_request(request: Request, trace: Trace) -> Compiled:
     """Compiles a run for its topology; takes a minute or several, and gigabytes of host memory.
 
     Raises:
@@ -85,14 +85,16 @@ def compile_request(request: Request, build: Build) -> Compiled:
     prepare(request.topology)
     import jax
 
+    from qwen2_jax.target import tracing_for
     from sharding.mesh import make_mesh
 
     mesh = make_mesh(request.mesh, devices(request.topology))
     start = time.monotonic()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those about donated buffers are answered by `aliased`
-        function, arguments = build(request, mesh)
-        lowered = function.trace(*arguments).lower(lowering_platforms=("tpu",))
+        with tracing_for("tpu"):
+            traced = trace(request, mesh)
+        lowered = traced.lower(lowering_platforms=("tpu",))
         try:
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -120,6 +122,8 @@ def devices(topology: Topology) -> list[Any]:
 def read(request: Request, memory: Any, text: str, seconds: float) -> Compiled:
     """What `memory_analysis()` and `as_text()` of the compiled program of a request say."""
     program, mesh = hlo.parse(text), request.mesh.sizes
+    if request.task == "decode":
+        program = hlo.one_trip(program)
     collectives = hlo.collectives(program, mesh)
     found = suspicions(request, program, collectives)
     used = Memory(

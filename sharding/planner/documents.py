@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from qwen2_jax.command import exit_code, parse
-from sharding.cli import Options, plan, ranked
+from sharding.cli import TOP, Options, plan, ranked
 from sharding.planner import report
 from sharding.planner.report import Sheet
 
@@ -46,7 +46,7 @@ def _tables(every: list[Options]) -> list[str]:
         return [_markdown(report.summary_sheet([plan(options) for options in every]))]
     (options,) = every
     if options.search:
-        return [_markdown(report.search_sheet(ranked(options)[: options.top]))]
+        return [_markdown(report.search_sheet(ranked(options)[: options.top or TOP]))]
     result = plan(options)
     sheets = report.memory_sheet(result), report.time_sheet(result)
     return [*map(_markdown, sheets), " ".join(report.verdict(result))]

@@ -213,6 +213,18 @@ def loops_of_unknown_length(program: Program) -> int:
     )
 
 
+def one_trip(program: Program) -> Program:
+    """The body of the one loop that a program is and whose length depends on data: of a decode loop, a step."""
+    (loop,) = (
+        execution.instruction
+        for execution in executions(program)
+        if execution.instruction.opcode == "while"
+        and not execution.in_loop
+        and trip_count(program, execution.computation, execution.instruction) is None
+    )
+    return dataclasses.replace(program, entry=_called(loop, "body")[0])
+
+
 def collectives(program: Program, mesh: Mapping[str, int]) -> list[Collective]:
     """What devices exchange in one run of the program, the most bytes first.
 

@@ -7,7 +7,7 @@ import math
 from typing import NamedTuple
 
 from sharding.expert_split import split_experts
-from sharding.planner.request import STATE_BYTES
+from sharding.planner.request import ANSWER
 from sharding.planner.shapes import Weight
 from sharding.planner.spread import Spread
 from sharding.planner.tiles import tiled_bytes
@@ -20,12 +20,15 @@ _COLUMNS = 4
 
 
 class Memory(NamedTuple):
-    """Bytes of one device. The first four live as long as the run, the rest at the worst moment of a step."""
+    """Bytes of one device. The first four are there before a step, the rest at its worst moment."""
 
     parameters: int
     optimizer: int
     cache: int
+    """That decoding is given."""
     inputs: int
+    made: int
+    """The cache that a prefill makes."""
     gradients: int
     saved: int
     """What the forward pass keeps of each layer for the backward pass, by the remat policy."""
@@ -40,7 +43,7 @@ class Memory(NamedTuple):
 
     @property
     def temporaries(self) -> int:
-        return self.gradients + self.saved + self.working
+        return self.made + self.gradients + self.saved + self.working
 
     @property
     def total(self) -> int:
@@ -62,13 +65,14 @@ def memory(spread: Spread) -> Memory:
     half, single = sizes.stored(HALF), sizes.stored(SINGLE)
     moments = _training(sizes) if training else _serving(sizes)
     worst = max(moments, key=lambda moment: sum(moment[:3]))
-    state = STATE_BYTES[request.optimizer] if training else ()
+    state = request.state_bytes if training else ()
     tokens = sizes.array((spread.rows, spread.tokens // spread.rows), SINGLE)
     return Memory(
         parameters=single if training and request.params_bytes == SINGLE else half,
         optimizer=sum(half if size == HALF else single for size in state),
-        cache=0 if training else sizes.cache(),
-        inputs=2 * tokens if training else tokens,
+        cache=sizes.cache(spread.slots) if request.task == "decode" else 0,
+        inputs=4 * tokens if training else tokens,
+        made=sizes.cache(spread.slots + ANSWER) if request.task == "prefill" else 0,
         gradients=worst.gradients,
         saved=worst.saved,
         working=worst.working,
@@ -80,7 +84,9 @@ def host_traffic(spread: Spread) -> int:
     """Bytes that one device sends to the memory of its host in a step, and fetches again."""
     if not spread.request.training or spread.request.remat != "offload":
         return 0
-    return 2 * spread.request.config.num_hidden_layers * _Sizes(spread).projections()
+    sizes = _Sizes(spread)
+    layers = range(spread.request.config.num_hidden_layers)
+    return 2 * sum(sizes.projections(sizes.mlp_width(layer)) for layer in layers)
 
 
 def _training(sizes: "_Sizes") -> list[_Moment]:
@@ -96,9 +102,18 @@ def _training(sizes: "_Sizes") -> list[_Moment]:
 
 
 def _serving(sizes: "_Sizes") -> list[_Moment]:
+    """A prefill has its cache three times: empty, filled, and with room for the answer.
+
+    Decoding writes into the one that it is given, unless its slots are split: then there is another to choose from.
+    """
+    spread, cache = sizes.spread, sizes.cache(sizes.spread.slots)
+    if sizes.request.task == "prefill":
+        always = 2 * cache
+    else:
+        always = sizes.ahead() + (cache if spread.ways("cache", sizes.request.seq) > 1 else 0)
     return [
-        _Moment(0, 0, sizes.serving_layer(), "a layer"),
-        _Moment(0, 0, sizes.last_logits(), "the logits"),
+        _Moment(0, 0, always + sizes.serving_layer(), "a layer"),
+        _Moment(0, 0, always + sizes.all_logits(), "the choice of tokens"),
     ]
 
 
@@ -121,10 +136,21 @@ class _Sizes:
         """All weights' parts, or only those of layers."""
         return sum(self.weight(weight, itemsize) for weight in self.spread.weights if weight.layers or not layers)
 
-    def cache(self) -> int:
+    def cache(self, slots: int) -> int:
         config, spread = self.config, self.spread
-        shape = (config.num_hidden_layers, spread.rows, spread.kv_heads, spread.slots, config.head_dim)
-        return 2 * self.array(shape, HALF)
+        return 2 * config.num_hidden_layers * self.array((spread.rows, spread.kv_heads, slots, config.head_dim), HALF)
+
+    def ahead(self) -> int:
+        """What XLA makes of weights ahead of the decode loop, for all its steps."""
+        return sum(self.ahead_of(weight) for weight in self.spread.weights)
+
+    def ahead_of(self, weight: Weight) -> int:
+        """On TPUs copies in another layout, of experts and of what leads out of a number of heads that fills no tiles;
+        anywhere key/value heads that are fewer than the devices of `tensor`, put together to be repeated."""
+        if self.spread.split_by_width(weight):
+            return math.prod(self.spread.gathered(weight)) * self.spread.tensor * weight.layers * HALF
+        odd = weight.path.endswith("attn.o.kernel") and self.spread.query_heads % 8 not in (0, 1, 2, 4)
+        return self.weight(weight, HALF) if self.tiled and (odd or "expert" in weight.axes) else 0
 
     def head_gradient(self) -> int:
         """Of what the logits are computed with, as it is stored; the loss computes it."""
@@ -138,25 +164,27 @@ class _Sizes:
 
     def saved(self) -> int:
         """What stays on the device, over all layers."""
+        return sum(self.saved_of(self.mlp_width(layer)) for layer in range(self.config.num_hidden_layers))
+
+    def saved_of(self, inner: int) -> int:
+        """Of one layer, whose MLP has an inner width of `inner`."""
         config, spread, remat = self.config, self.spread, self.request.remat
         kept = self.residual(HALF)
         heads = spread.query_heads * config.head_dim
         if remat == "attention":
             kept += self.tokens(heads) + self.log_sums()
         if remat in ("projections", "none"):
-            kept += self.projections()
+            kept += self.projections(inner)
         if remat == "none":
             # What the other products and the norms read.
-            kept += 2 * self.tokens(config.hidden_size) + sum(self.tokens(width) for width in self.mlp_widths())
-            kept += 3 * self.residual(SINGLE)
-        return config.num_hidden_layers * kept
+            kept += 2 * self.tokens(config.hidden_size) + self.tokens(inner) + 3 * self.residual(SINGLE)
+        return kept
 
-    def projections(self) -> int:
+    def projections(self, inner: int) -> int:
         """What `qwen2_jax.remat` calls so, of one layer."""
         config, spread = self.config, self.spread
         heads, keys = spread.query_heads * config.head_dim, spread.kv_heads * config.head_dim
-        inner = sum(self.tokens(width) for width in self.mlp_widths())
-        return 2 * self.tokens(heads) + 2 * self.tokens(keys) + self.log_sums() + 2 * inner
+        return 2 * self.tokens(heads) + 2 * self.tokens(keys) + self.log_sums() + 2 * self.tokens(inner)
 
     def residual(self, itemsize: int) -> int:
         """An activation between layers."""
@@ -167,11 +195,11 @@ class _Sizes:
         """Of attention's softmax, for each query."""
         return self.array((self.spread.query_heads, self.spread.tokens), SINGLE)
 
-    def mlp_widths(self) -> list[int]:
+    def mlp_width(self, layer: int) -> int:
         """Inner width of a layer's MLP on this device; of routed experts nothing is ever kept."""
         config = self.config
-        inner = config.shared_expert_intermediate_size if config.is_moe else config.intermediate_size
-        return [inner // self.spread.tensor]
+        sparse = config.is_moe_layer(layer)
+        return (config.shared_expert_intermediate_size if sparse else config.intermediate_size) // self.spread.tensor
 
     def loss(self) -> int:
         """The gathered head and its gradient, one chunk's logits, hidden states and their gradients."""
@@ -181,9 +209,15 @@ class _Sizes:
         logits = self.array((chunk, spread.vocab), SINGLE)
         return self.array(head, HALF) + self.array(head, SINGLE) + logits + 2 * self.tokens(config.hidden_size)
 
-    def last_logits(self) -> int:
-        """Of one token per row."""
-        return 2 * self.array((self.spread.rows, self.spread.vocab), SINGLE)
+    def all_logits(self) -> int:
+        """Of one token of every row, put together on each device to choose the next, and its part of them."""
+        vocab = (self.request.batch, self.config.vocab_size)
+        return self.array(vocab, SINGLE) + self.array((self.spread.rows, self.spread.vocab), SINGLE)
+
+    def kinds(self) -> list[tuple[int, bool]]:
+        """The inner width of each kind of layer's MLP, and whether the layer has experts."""
+        kinds = {self.config.is_moe_layer(layer): layer for layer in range(self.config.layer_period)}
+        return [(self.mlp_width(layer), sparse) for sparse, layer in kinds.items()]
 
     def layer(self) -> int:
         """The worst moment of one layer when training: its MLP's, or its experts', backward pass."""
@@ -196,19 +230,24 @@ class _Sizes:
             size += self.tokens(width, SINGLE)
         if self.request.remat in ("full", "attention"):
             size += 2 * self.tokens(heads) + 2 * self.tokens(keys)
-        inner = max(self.mlp_widths())
-        mlp = 3 * self.tokens(inner) + self.gathered(inner * width, matrices=2)
-        if self.request.remat == "offload":
-            size += 2 * self.projections()  # one layer's on its way, another's in use
-        return size + max(mlp, self.experts())
+        return size + max(self.backward(inner, sparse) for inner, sparse in self.kinds())
+
+    def backward(self, inner: int, sparse: bool) -> int:
+        """Of one kind of layer: what its MLP or its experts take."""
+        mlp = 3 * self.tokens(inner) + self.gathered(inner * self.config.hidden_size, matrices=2)
+        # One layer's on its way, another's in use.
+        host = 2 * self.projections(inner) if self.request.remat == "offload" else 0
+        return host + (max(mlp, self.experts() + self.shared_expert(inner)) if sparse else mlp)
 
     def serving_layer(self) -> int:
-        """The worst moment of one layer when serving: its MLP's. The loop over layers writes a cache of its own."""
-        inner, width = max(self.mlp_widths()), self.config.hidden_size
-        size = self.cache() + self.tokens(inner) + self.tokens(width)
-        if self.spread.sizes["fsdp"] > 1:
-            size += self.gathered(inner * width, matrices=1)
-        return size + self.experts()
+        """The worst moment of one layer when serving: its MLP's."""
+        return max(self.forward(inner, sparse) for inner, sparse in self.kinds())
+
+    def forward(self, inner: int, sparse: bool) -> int:
+        """Of one kind of layer: what its MLP and its experts take."""
+        width = self.config.hidden_size
+        size = self.tokens(inner) + self.tokens(width) + (self.experts() if sparse else 0)
+        return size + (self.gathered(inner * width, matrices=1) if self.spread.sizes["fsdp"] > 1 else 0)
 
     def gathered(self, parameters: int, matrices: int) -> int:
         """Weights put together over `fsdp`, and when training the whole gradient of one before it is scattered."""
@@ -219,8 +258,6 @@ class _Sizes:
     def experts(self) -> int:
         """Of a layer's routed experts: their weights put together, all their gradients, and a batch of rows."""
         config, spread, training = self.config, self.spread, self.request.training
-        if not config.is_moe:
-            return 0
         width, inner = config.hidden_size, config.moe_intermediate_size // spread.tensor
         shape = (self.request.batch, self.request.queries, width)
         split = split_experts(spread.sizes, shape, config.num_experts, config.num_experts_per_tok)
@@ -236,10 +273,9 @@ class _Sizes:
         columns = min(_COLUMNS, config.num_experts_per_tok, own)
         tokens = arrived * width * ((2 + columns) * HALF + (1 + earlier) * SINGLE)
         rows = split.batch * 3 * (width + inner) * HALF
-        return weights * (HALF + SINGLE) + tokens + rows + self.shared_expert()
+        return weights * (HALF + SINGLE) + tokens + rows
 
-    def shared_expert(self) -> int:
+    def shared_expert(self, inner: int) -> int:
         """What waits for its backward pass while that of the routed experts runs."""
-        (inner,) = self.mlp_widths()
         kernels = 2 * inner * self.config.hidden_size * HALF
         return kernels + (2 * self.tokens(inner) if self.request.remat in ("full", "attention") else 0)

@@ -52,7 +52,7 @@ def memory_sheet(result: Estimate) -> Sheet:
     rows = [
         (f"parameters ({'float32' if training else 'bfloat16'})", memory.parameters),
         ("optimizer state", memory.optimizer),
-        ("key/value cache", memory.cache),
+        ("key/value cache", memory.cache + memory.made),
         ("tokens", memory.inputs),
         ("gradients (float32)", memory.gradients),
         ("kept for the backward pass", memory.saved),

@@ -17,6 +17,8 @@ Optimizer = Literal["adamw", "adamw-bf16", "sgd"]
 
 REMATS: tuple[Remat, ...] = get_args(Remat)
 """The names of `qwen2_jax.remat.REMAT_POLICIES`, from fastest to smallest."""
+ANSWER = 128
+"""Tokens that a prefill leaves room for: `generate`'s own default."""
 STATE_BYTES: dict[Optimizer, tuple[int, ...]] = {"adamw": (4, 4), "adamw-bf16": (2, 4), "sgd": ()}
 """Bytes of each moment of a parameter."""
 
@@ -43,10 +45,17 @@ class Request:
     """Whether the rows are one of several parts of a training step, whose gradients are added up."""
     params_bytes: Literal[2, 4] = 4
     """Of a number of the parameters that training keeps."""
+    moments: tuple[int, ...] | None = None
+    """Bytes of each moment of a parameter, if they are not those of the optimizer's name."""
 
     @property
     def training(self) -> bool:
         return self.task == "train"
+
+    @property
+    def state_bytes(self) -> tuple[int, ...]:
+        """Of each moment of a parameter."""
+        return STATE_BYTES[self.optimizer] if self.moments is None else self.moments
 
     @property
     def queries(self) -> int:
@@ -91,10 +100,9 @@ def checked(request: Request) -> Request:
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     across_slices(spec, place.slices)
-    if request.training:
-        check_divides(config, spec, request.batch, request.seq)
-    else:
-        check_divides(config, spec)
+    # When serving, several devices may compute the same rows; but prompts are dealt out over `context` as training is.
+    rows, tokens = (request.batch if request.training else None), (None if request.task == "decode" else request.seq)
+    check_divides(config, spec, rows, tokens)
     if config.max_length is not None and request.seq > config.max_length:
         raise ValueError(f"{request.model} has positions for {config.max_length} tokens, got seq {request.seq}")
     return dataclasses.replace(request, mesh=spec)

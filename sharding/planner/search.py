@@ -28,8 +28,11 @@ def search(
       meshes: to try; None for all whose axes multiply to the devices.
       batches: to try; None for 1, 2, 4, ... rows per group of devices that share rows.
       remats: to try; None for all when training.
+
+    Raises:
+      ValueError: if there are none: because none fits, or none divides; then with what is least wrong.
     """
-    found = []
+    found, refused, smallest = [], [], None
     for mesh in meshes if meshes is not None else all_meshes(request):
         policies = remats if remats is not None else REMATS if request.training else REMATS[:1]
         for remat in policies:
@@ -37,12 +40,25 @@ def search(
                 candidate = dataclasses.replace(request, mesh=mesh, batch=batch, remat=remat)
                 try:
                     result = estimate(checked(candidate))
-                except ValueError:  # it does not divide
+                except ValueError as error:  # it does not divide
+                    refused.append(str(error))
                     continue
+                smallest = min(result, smallest or result, key=lambda result: result.memory.total)
                 if result.headroom >= MARGIN * request.topology.chip.memory:
                     found.append(result)
                 elif batches is None:
                     break
+    if smallest is None:
+        raise ValueError(min(refused, key=len))  # each names all that is wrong with it
+    if not found:
+        chip, least = request.topology.chip, smallest.request
+        how = f", remat {least.remat}" if least.training else ""
+        fewer = "" if batches is None else "fewer (--batch) or "
+        raise ValueError(
+            f"nothing that divides fits {request.topology} with a tenth to spare: the least, mesh {least.mesh} with "
+            f"{least.batch} rows{how}, takes {smallest.memory.total / 1e9:.1f} GB of a {chip.name}'s "
+            f"{chip.memory / 1e9:.1f}; use more chips, or {fewer}shorter rows (--seq)"
+        )
     return sorted(found, key=_rank, reverse=True)
 
 

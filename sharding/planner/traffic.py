@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from sharding.expert_split import split_experts
-from sharding.logical import ROW_AXES
+from sharding.logical import ROW_AXES, axes_that_divide
 from sharding.mesh import MESH_AXES
 from sharding.planner.network import Kind, Network, Traffic, collective
 from sharding.planner.shapes import Weight
@@ -45,7 +45,7 @@ def transfers(spread: Spread) -> list[Transfer]:
 
 def _weights(spread: Spread) -> Iterator[Transfer]:
     """Weights put together over `fsdp` for products, and their gradients added up over whoever has other tokens."""
-    training = spread.request.training
+    training, decode = spread.request.training, spread.request.task == "decode"
     for weight in spread.weights:
         if "norm" in weight.axes:
             continue
@@ -54,8 +54,8 @@ def _weights(spread: Spread) -> Iterator[Transfer]:
         table = weight.path == "embed.embedding" and not spread.request.config.tie_word_embeddings
         if table:
             gathered = stored  # tokens go to the table, and their rows come back
-        if spread.split_by_width(weight):
-            # Heads that do not divide over `tensor` are put together, to be repeated or padded.
+        if spread.split_by_width(weight) and not decode:
+            # Heads that do not divide over `tensor` are put together, to be repeated or padded; ahead of a decode loop.
             whole = gathered * spread.tensor
             yield Transfer("weights", "all-gather", "tensor", (2 if training else 1) * count, whole * HALF)
             if training:
@@ -96,9 +96,7 @@ def _activations(spread: Spread) -> Iterator[Transfer]:
         yield Transfer("activations", "all-gather", "tensor", (2 + 2 + 2) * layers, hidden * HALF)
         yield Transfer("activations", "reduce-scatter", "tensor", (2 + again + 5) * layers, hidden * SINGLE)
     else:
-        # Of many tokens one of the two sums is cast before it is sent.
-        both = 2 * SINGLE if request.task == "decode" else SINGLE + HALF
-        yield Transfer("activations", "all-reduce", "tensor", layers, hidden * both)
+        yield Transfer("activations", "all-reduce", "tensor", 2 * layers, hidden * SINGLE)
     keys = 2 * spread.rows * request.seq * spread.kv_heads * config.head_dim
     if request.training:
         passes = 1 + (request.remat in ("full", "attention"))
@@ -108,6 +106,10 @@ def _activations(spread: Spread) -> Iterator[Transfer]:
         yield Transfer("queries", "all-to-all", "context", 4 * layers, queries)
     elif request.task == "prefill":
         yield Transfer("keys and values", "all-gather", "context", layers, keys * HALF)
+    elif spread.ways("cache", request.seq) > 1:
+        # Weighted sums of the values, the weights' sums, and the largest scores.
+        sums = spread.rows * spread.query_heads * (config.head_dim + 2)
+        yield Transfer("attention", "all-reduce", "context", layers, sums * SINGLE)
 
 
 def _logits(spread: Spread) -> Iterator[Transfer]:
@@ -119,6 +121,13 @@ def _logits(spread: Spread) -> Iterator[Transfer]:
         yield Transfer("embedding", "all-to-all", "fsdp", 1, hidden * SINGLE)
         yield Transfer("logits", "all-gather", "tensor", 2, hidden * HALF)
         yield Transfer("logits", "all-reduce", "tensor", 1, hidden * SINGLE)
+        return
+    # Every device chooses the next token of every row.
+    size = spread.rows * spread.request.config.vocab_size * SINGLE
+    yield Transfer("logits", "all-gather", "tensor", 1, size)
+    for axis in axes_that_divide(spread.request.batch, ROW_AXES, spread.sizes):
+        size *= spread.sizes[axis]
+        yield Transfer("logits", "all-gather", axis, 1, size)
 
 
 def _experts(spread: Spread) -> Iterator[Transfer]:

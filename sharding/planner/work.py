@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from qwen2_jax.config import Qwen2Config
-from sharding.planner.request import STATE_BYTES, Request
+from sharding.planner.request import Request
 from sharding.planner.shapes import Weight, weights
 from sharding.planner.spread import Spread
 
@@ -66,7 +66,10 @@ def flops(spread: Spread) -> Flops:
         # Scores of narrow heads are computed as wide as the lanes are.
         scores = passes * attention + again_attention
         padding += (-(-config.head_dim // _LANES) * _LANES / config.head_dim - 1) * scores
-    padding += (spread.copies - 1) * (passes * (forward + attention) + again + padding)
+    # Devices that have different slots of a cache share the attention to it.
+    shared = spread.ways("cache", request.seq) if request.task == "decode" else 1
+    padding += (spread.copies - 1) * (passes * forward + again + padding)
+    padding += (spread.copies / shared - 1) * passes * attention
     return Flops(passes * forward, passes * attention, again, padding)
 
 
@@ -122,7 +125,7 @@ def memory_traffic(spread: Spread) -> dict[str, float]:
         stored = math.prod(spread.stored(weight)) * max(weight.layers, 1)
         gathered = math.prod(spread.gathered(weight)) * max(weight.layers, 1)
         if training:
-            state = (SINGLE, *STATE_BYTES[request.optimizer])
+            state = (SINGLE, *request.state_bytes)
             # Gradients are written once and read once, parameters and moments read and written.
             read["optimizer"] += stored * (2 * sum(state) + 2 * SINGLE)
             read["weights"] += passes * (stored * SINGLE + gathered * HALF * (1 + (gathered > stored)))

@@ -78,8 +78,49 @@ BAD = {
     "no batch": (["--mesh", "fsdp=4"], "--batch is missing"),
     "too long": (["--mesh", "fsdp=4", "--batch", "4", "--seq", "200000"], "131072"),
     "unknown policy": (["--mesh", "fsdp=4", "--batch", "4", "--remat", "some"], "some"),
+    "candidates of no search": (
+        ["--mesh", "fsdp=4", "--batch", "4", "--top", "3"],
+        "--top is of a search; add --search",
+    ),
     "unknown option": (["--mash", "fsdp=4", "--batch", "4"], "--mesh"),
 }
+
+
+SEARCHED = {
+    "axes do not multiply": (["--mesh", "expert=16"], "mesh expert=16 is 16 devices, but there are 4"),
+    "experts of a dense model": (["--mesh", "expert=4"], "this model is dense; use fsdp=4"),
+    "empty batch": (["--batch", "0"], "batch must be positive, got 0"),
+    "batch does not divide": (["--mesh", "fsdp=-1", "--batch", "3"], "batch of 3 rows does not divide"),
+    "no mesh divides": (["--topology", "v5p:4x4x12", "--batch", "64"], "a batch of 64 rows does not divide over"),
+    "too long": (["--seq", "200000"], "qwen2-7b has positions for 131072 tokens, got seq 200000"),
+    "too large": (["--batch", "512", "--seq", "131072"], "the least, mesh fsdp=4 with 512 rows, remat full, takes"),
+    "none to print": (["--top", "0"], "--top must be 1 or more, got 0"),
+    "fewer than none": (["--top", "-2"], "--top must be 1 or more, got -2"),
+}
+
+
+@pytest.mark.parametrize(("argv", "complaint"), SEARCHED.values(), ids=SEARCHED)
+def test_a_search_that_finds_nothing_says_why(run, argv, complaint):
+    refused(run(*PLAN, "--search", *argv), complaint)
+
+
+def test_a_search_prints_as_many_as_asked_for(run):
+    for argv, count in (([], 10), (["--top", "3"], 3)):
+        code, out, _ = run(*PLAN, "--search", "--mesh", "fsdp=-1", "--json", *argv)
+        assert code == 0 and len(json.loads(out)["best"]) == count
+
+
+@pytest.mark.parametrize("task", ["prefill", "decode"])
+@pytest.mark.parametrize("flag", ["--remat full", "--optimizer adamw"])
+def test_flags_of_training_are_refused_elsewhere(run, task, flag):
+    argv = ["--mesh", "tensor=4", "--batch", "4", "--task", task, *flag.split()]
+    refused(run(*PLAN, *argv), f"{flag.split()[0]} is of training, got --task {task}")
+
+
+def test_a_prompt_divides_over_context_or_is_refused(run):
+    argv = [*PLAN, "--task", "prefill", "--mesh", "context=4", "--batch", "1", "--seq"]
+    refused(run(*argv, "4092"), "4092 tokens do not divide over context=4 in halves; use a multiple of 8")
+    assert run(*argv, "4096")[0] == 0
 
 
 @pytest.mark.parametrize(("argv", "complaint"), BAD.values(), ids=BAD)

@@ -144,3 +144,37 @@ def test_bounds_are_ordered_and_chips_differ():
     for result in (slow, fast):
         assert result.bound <= result.serial and 0 < result.mfu < 1
     assert slow.seconds["compute"] / fast.seconds["compute"] == pytest.approx(CHIPS["v6e"].flops / CHIPS["v5e"].flops)
+
+
+def mixed():
+    """57B-A14B with every other layer dense, and a wide one."""
+    config = PUBLISHED["qwen2-57b-a14b"]
+    return dataclasses.replace(config, decoder_sparse_step=2, intermediate_size=8 * config.hidden_size)
+
+
+def memory_of(config, **changes):
+    request = plan("qwen2-57b-a14b", "v5p:4x4x8", "fsdp=128", batch=128).request
+    return estimate(dataclasses.replace(request, config=config, **changes)).memory
+
+
+def test_layers_of_two_kinds_have_the_memory_of_the_larger_one():
+    sparse = PUBLISHED["qwen2-57b-a14b"]
+    wide = mixed()
+    assert [wide.is_moe_layer(layer) for layer in range(4)] == [False, True, False, True]
+    dense = dataclasses.replace(wide, mlp_only_layers=tuple(range(wide.num_hidden_layers)))
+    kinds = [memory_of(config).working for config in (sparse, dense)]
+    assert memory_of(wide).working == max(kinds) and kinds[0] != kinds[1]
+    # One wide layer is enough.
+    first = dataclasses.replace(sparse, intermediate_size=wide.intermediate_size, mlp_only_layers=(0,))
+    assert memory_of(first).working == memory_of(wide).working
+    assert memory_of(wide, task="prefill").working == max(
+        memory_of(config, task="prefill").working for config in (sparse, dense)
+    )
+
+
+@pytest.mark.parametrize("remat", ["projections", "none"])
+def test_every_layer_keeps_what_is_its_own(remat):
+    sparse, wide = PUBLISHED["qwen2-57b-a14b"], mixed()
+    dense = dataclasses.replace(wide, mlp_only_layers=tuple(range(wide.num_hidden_layers)))
+    of_sparse, of_dense, of_both = (memory_of(config, remat=remat).saved for config in (sparse, dense, wide))
+    assert of_sparse < of_dense and of_both == (of_sparse + of_dense) / 2

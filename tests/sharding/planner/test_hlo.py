@@ -9,7 +9,16 @@ from qwen2_jax.sizes import published
 from sharding import make_mesh
 from sharding.mesh import MeshSpec
 from sharding.planner.chips import parse_topology
-from sharding.planner.hlo import Collective, arrays, axes_of, bytes_of, collectives, loops_of_unknown_length, parse
+from sharding.planner.hlo import (
+    Collective,
+    arrays,
+    axes_of,
+    bytes_of,
+    collectives,
+    loops_of_unknown_length,
+    one_trip,
+    parse,
+)
 from sharding.planner.hlo_flops import flops
 from sharding.planner.request import Request
 from sharding.planner.suspicions import suspicions
@@ -114,6 +123,13 @@ def test_a_loop_as_libtpu_writes_it():
     open_ended = parse(LIBTPU.replace("%limit = s32[]{:T(128)} constant(28)", "%limit = s32[]{:T(128)} get-limit()"))
     assert loops_of_unknown_length(open_ended) == 1
     assert flops(open_ended) == 0
+    # A decode loop is counted by its steps.
+    step = one_trip(open_ended)
+    assert flops(step) == 1000 and loops_of_unknown_length(step) == 0
+    assert [(one.kind, one.count) for one in collectives(step, {"fsdp": 4})] == [
+        ("reduce-scatter", 1),
+        ("all-gather", 1),
+    ]
 
 
 @pytest.mark.parametrize(("step", "trips"), [(1, 24), (2, 12), (5, 5)])
