@@ -1,18 +1,33 @@
 #!/usr/bin/env bash
-# A TPU slice by queued resources: asks for it, installs, and starts the same command on every host. Run it again after a
-# preemption: the run goes on from its newest checkpoint.
+# A TPU slice by queued resources: asks for it, installs, and starts the same command on every host. Run it again after
+# a preemption: what is left of the slice is given back, another one is asked for, and the run goes on from its newest
+# checkpoint.
 #   PROJECT=... ZONE=us-east5-a TYPE=v5p-128 launch/tpu_queued.sh qwen2-7b-v5p-4x4x4 --out /mnt/RUN --data ...
 # RUN must lie on a file system that all hosts share.
 set -euo pipefail
-: "${PROJECT:?}" "${ZONE:?}" "${TYPE:?the accelerator, as v5p-128}" "${NAME:=qwen2-$USER}" "${RUNTIME:=v2-alpha-tpuv5}"
+: "${PROJECT:?}" "${ZONE:?}" "${TYPE:?the accelerator, as v5p-128}" "${NAME:=qwen2-$USER}"
+case $TYPE in
+  v5p-*) : "${RUNTIME:=v2-alpha-tpuv5}" ;;
+  v5litepod-*) : "${RUNTIME:=v2-alpha-tpuv5-lite}" ;;
+  v6e-*) : "${RUNTIME:=v2-alpha-tpuv6e}" ;;
+  *) : "${RUNTIME:?the version of the software on a $TYPE}" ;;
+esac
 where=(--project "$PROJECT" --zone "$ZONE")
+state() { gcloud compute tpus "$1" describe "$NAME" "${where[@]}" --format "value($2)" 2>/dev/null || true; }
 
-if ! gcloud compute tpus tpu-vm describe "$NAME" "${where[@]}" >/dev/null 2>&1; then
-  gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" "${where[@]}" \
-    --accelerator-type "$TYPE" --runtime-version "$RUNTIME" --spot
-  until [ "$(gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format 'value(state.state)')" = ACTIVE ]; do
-    sleep 30
-  done
+slice=$(state tpu-vm state) request=$(state queued-resources state.state)
+if [ "$slice" != READY ]; then
+  case $slice/$request in
+    PREEMPTED/* | */SUSPEND* | */FAILED) # these stay, and stand in the way of others of that name
+      gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet
+      request=
+      ;;
+  esac
+  if [ -z "$request" ]; then
+    gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" "${where[@]}" \
+      --accelerator-type "$TYPE" --runtime-version "$RUNTIME" --spot
+  fi
+  until [ "$(state queued-resources state.state)" = ACTIVE ]; do sleep 30; done
 fi
 everywhere() { gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command "$1"; }
 gcloud compute tpus tpu-vm scp --recurse . "$NAME:qwen2-jax" "${where[@]}" --worker=all

@@ -87,7 +87,8 @@ class Checkpoints:
         self.use_model(model)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        self._restored: int | None = None
+        self.restored: int | None = None
+        """The step that this run goes on from."""
         self._saves = 0
 
     def use_model(self, model: str | os.PathLike[str]) -> None:
@@ -123,7 +124,7 @@ class Checkpoints:
         extra = dict(extra or {})
         assert json.loads(json.dumps(extra, allow_nan=False)) == extra, "extra must come back from JSON as it is"
         later = [other for other in self.steps() if other > step]
-        if later and (self._restored is None or self._restored > step):
+        if later and (self.restored is None or self.restored > step):
             raise ValueError(
                 f"{self.folder} holds step {later[-1]} of an earlier run, and step {step} of this one does not "
                 "continue it: resume that run, or choose another folder"
@@ -212,7 +213,7 @@ class Checkpoints:
             found = digests(arrays)
             if wrong := [name for name in wanted if found[name] != manifest.arrays[name].digest]:
                 raise ValueError(damaged(folder, manifest, wrong))
-        self._restored = step
+        self.restored = step
         return jax.tree.unflatten(structure, [arrays[name] for name in wanted]), manifest.extra
 
     def verify(self, step: int) -> None:

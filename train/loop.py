@@ -13,7 +13,7 @@ from train.guard import GuardState, gone_back, without_history
 from train.report.profile import Profile
 from train.report.reporter import Reporter
 from train.report.throughput import Work
-from train.run_folder import Window, add_window, position
+from train.run_folder import Window, add_window, position, went_back_to
 from train.step import Metrics, TrainState
 from train.stopping import STOPPED, StopRequest
 from train.validation import Validation
@@ -83,11 +83,12 @@ class Loop:
         self._reporter, self._profile, self._stop = reporter, profile, stop
         self._step = int(state.step)
         self._programs: dict[int, Any] = {}
-        self._rollbacks = 0
-        self._saved = self._step if self._step in checkpoints.steps() else None
+        self._saved = checkpoints.restored
         self._own = {self._step}  # steps of this very run; there may be others, of one that was abandoned
         self._interval = _Interval(self._step, 0.0)
         self._told: set[str] = set()
+        if went_back_to(windows, self._step):  # and was killed before it saved anything since
+            self._change_guard(gone_back)
 
     def run(self) -> int:
         """Trains. Returns the exit status: 0, or STOPPED if it was asked to stop, with everything saved.
@@ -212,17 +213,16 @@ class Loop:
 
         Source: PaLM (arXiv 2204.02311), section 5.1, restarts ahead of a spike and skips the batches around it.
         """
-        self._rollbacks += 1
         stage = self._stages[number]
         self._checkpoints.wait()
         target = max(self._own.intersection(self._checkpoints.steps()))
-        if self._rollbacks > self._limits.max_rollbacks:
+        if len(self._windows) >= self._limits.max_rollbacks:
             raise ValueError(
-                f"the run went back {self._rollbacks - 1} times, and again more than {self._limits.max_skips} steps in "
+                f"the run went back {len(self._windows)} times, and again more than {self._limits.max_skips} steps in "
                 f"a row were skipped, up to step {bad}; the newest checkpoint is that of step {target}: look at the "
-                "data and the learning rate"
+                "data and the learning rate, or allow more by --max-rollbacks"
             )
-        window = Window(number, self._position(number, max(target, stage.first)), self._position(number, bad))
+        window = Window(number, self._position(number, max(target, stage.first)), self._position(number, bad), target)
         self._windows = add_window(self._folder, self._windows, window)
         self._reporter.event("rollback", step=bad, to=target, passed_over=window.stop - window.first)
         del self._state  # there may be no room for two

@@ -123,6 +123,11 @@ def loss_sums(
 ) -> Sums:
     """Sums over the targets that count, of which only the total has a gradient.
 
+    Beside the gradients themselves, their program takes, as XLA:CPU compiles it, two chunks of logits in float32, a
+    second array of the head's gradient, as a product is made before it is added, and the head twice in the dtype of
+    `hidden`, once transposed: whatever the number of tokens. For Qwen2-0.5B in bfloat16, with the default chunk, these
+    are 2.3 GB, which is less than 15% of [B, T, V] in float32 from 28,000 tokens per device on.
+
     Args:
       hidden: [B, T, D], of the dtype in which products are taken; they accumulate in float32.
       head: [V, D] of any float dtype. Its gradient is accumulated in float32 and comes back in its own dtype.

@@ -1,4 +1,4 @@
-"""What a training step makes smaller. A new objective is one file: what its batches hold, and its loss."""
+"""What a training step makes smaller. A new objective is one file: its data, and its loss."""
 
 from typing import Any, NamedTuple, Protocol
 
@@ -32,12 +32,13 @@ class Step(NamedTuple):
 class Objective(Protocol):
     """A loss, as shares that the micro-batches of a batch add to it, so that how a batch is cut up does not matter.
 
-    An objective is hashable and equal by value (a frozen dataclass of its coefficients), and its batches are any pytree
-    of arrays with the rows in front. Supervised fine-tuning is `train.pretraining.Pretraining` on batches whose targets
-    ignore the prompts. Preference optimization (DPO, arXiv 2305.18290, equation 7) is a dataclass with `beta`, on
-    batches of tokens and targets [B, 2, T], chosen and rejected, and of the reference model's log-probabilities [B, 2],
-    which its data computes once: `weight` counts pairs; a share is the sum over pairs of -log_sigmoid(beta * the
-    difference of the two rows' gains over the reference), divided by the weight; it sums accuracies and margins.
+    An objective is hashable and equal by value (a frozen dataclass of its coefficients). Its data is any
+    `train.data.batches.Rows`; its batches are what these rows are, a pytree of arrays, with the rows in front.
+    Supervised fine-tuning is `train.pretraining.Pretraining` on rows whose targets ignore the prompts. Preference
+    optimization (DPO, arXiv 2305.18290, equation 7) is a dataclass with `beta`, on rows of tokens and targets [2, T],
+    chosen and rejected, and of the reference model's log-probabilities [2], which its data computes once: `weight`
+    counts pairs; a share is the sum over pairs of -log_sigmoid(beta * the difference of the two texts' gains over the
+    reference), divided by the weight; it sums accuracies and margins.
     """
 
     def weight(self, batch: Any) -> jax.Array:

@@ -14,7 +14,7 @@ from train.objective import Step
 
 
 class Batch(NamedTuple):
-    """Each [B, T] int32, or [A, B, T]; also of their shapes."""
+    """Each [B, T] int32, or [A, B, T]; [T] of a row of data. Also of their shapes."""
 
     tokens: Any
     targets: Any

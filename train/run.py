@@ -71,6 +71,8 @@ class Text:
     """Where text is kept once it is tokenized."""
     max_bad_records: Annotated[int, arg(metavar="N")] = MAX_BAD_RECORDS
     """Damaged records to pass over, counted and named, before giving up."""
+    no_verify_data: bool = False
+    """Start without reading all tokens once, to compare them with the digests that were written with them."""
     seq: Annotated[int, arg(metavar="N")] = 4096
     """Tokens of a row."""
     batch: Annotated[int, arg(metavar="N")] = 8
@@ -110,7 +112,9 @@ class Optimization:
     """Highest rate, after the warm-up."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """What follows the warm-up: a cosine to --final-rate, a plateau with a decay at its end (wsd), or nothing."""
-    warmup: Annotated[int, arg(metavar="N")] = 100
+    warmup: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(default: a tenth of all steps, at most 100)")
+    ] = None
     """Steps over which the rate rises from zero."""
     decay: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: a tenth of all steps)")] = None
     """Last steps over which wsd brings the rate down."""
@@ -276,3 +280,9 @@ class Run:
     def steps(self) -> int:
         """Of all phases."""
         return sum(phase.steps for phase in self.stretches)
+
+    @property
+    def warm_up(self) -> int:
+        """Steps of it."""
+        given = self.optimization.warmup
+        return min(100, self.steps // 10) if given is None else given

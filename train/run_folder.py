@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import yaml
+from jax.experimental import multihost_utils
 
 from convert.files import write_whole
 from train.run import Run
@@ -31,6 +32,7 @@ _PACKAGES = ("qwen2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 _FREE = frozenset(
     """
     out resume save_every keep_last keep_every log_every json tensorboard wandb profile cache no_plan compilation_cache
+    no_verify_data
     coordinator processes process validation_data validate_every validation_rows
     """.split()
 )
@@ -42,11 +44,13 @@ _OF_DATA = frozenset("init tokenizer data weights field seq seed phases max_bad_
 
 
 class Window(NamedTuple):
-    """Batches of a phase that the run passes over, from `first` up to `stop`."""
+    """Batches of a phase that the run passes over, from `first` up to `stop`, since it went back to a step."""
 
     phase: int
     first: int
     stop: int
+    to: int = -1
+    """The step."""
 
 
 @contextlib.contextmanager
@@ -57,26 +61,21 @@ def locked(folder: Path) -> Iterator[None]:
       ValueError: if another process trains into it.
       OSError: if it cannot be written.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
     if jax.process_index() != 0:  # the first process answers for the others
         yield
         return
+    made = _make(folder)
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        if not _lock(descriptor, folder / _LOCK):
+            raise ValueError(f"another process trains into {folder}; stop it, or choose another --out")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process trains into {folder}; stop it, or choose another --out") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems of clouds may have no locks
-                raise
-        yield
-    except BaseException:
-        # Nothing of somebody else's is in a folder that was not there before.
-        if made and set(os.listdir(folder)) <= {_LOCK, MODEL}:
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+            yield
+        except BaseException:
+            # Nothing of somebody else's is in a folder that this very process made, and holds.
+            if made and set(os.listdir(folder)) <= {_LOCK, MODEL}:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
     finally:
         os.close(descriptor)
 
@@ -108,8 +107,10 @@ def note_start(run: Run, folder: Path, step: int, texts: Sequence[str] = (), beg
     if other is not None and not _OF_DATA.intersection(change.partition(":")[0] for change in changes):
         raise ValueError(
             f"the data of phase {other} is no longer what the run was trained on up to step {step}, though it has the "
-            "same name: bring the text back, or, if the run is to go on with the new one, give that another name"
+            "same name: its text changed, or this version cuts it into other rows; bring the text or the version back, "
+            "or, if the run is to go on with the new rows, give the data another name"
         )
+    multihost_utils.sync_global_devices("start")  # what is written now, all have read as it was before
     if jax.process_index() == 0:
         write_whole(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False).encode())
         start = json.dumps({"step": step, "changes": changes, "texts": [*texts]} | _circumstances())
@@ -120,20 +121,21 @@ def note_start(run: Run, folder: Path, step: int, texts: Sequence[str] = (), beg
 
 
 def read_windows(folder: Path) -> list[Window]:
-    """Raises ValueError if the file is not what `add_window` writes."""
+    """One for each time that the run went back. Raises ValueError if the file is not what `add_window` writes."""
     path = folder / PASSED_OVER
     if not path.exists():
         return []
     try:
         return [Window(*map(int, entry)) for entry in json.loads(path.read_text())]
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); it lists [phase, first, stop] of batches passed over") from None
+        raise ValueError(
+            f"{path} is damaged ({error}); it lists [phase, first, stop, to] of batches passed over"
+        ) from None
 
 
 def add_window(folder: Path, windows: list[Window], new: Window) -> list[Window]:
     """The windows with one more, noted in the folder; older ones lie in it or apart from it. Raises OSError."""
-    apart = [old for old in windows if old.phase != new.phase or old.stop <= new.first or new.stop <= old.first]
-    windows = [*apart, new]
+    windows = [*windows, new]
     if jax.process_index() == 0:
         write_whole(folder / PASSED_OVER, json.dumps(windows).encode())
     return windows
@@ -141,10 +143,42 @@ def add_window(folder: Path, windows: list[Window], new: Window) -> list[Window]
 
 def position(windows: list[Window], phase: int, step: int) -> int:
     """Which batch of a phase its step takes, counted from 0 both, when the windows are passed over."""
-    for window in sorted(window for window in windows if window.phase == phase):
+    outermost: list[Window] = []
+    for window in (window for window in windows if window.phase == phase):
+        outermost = [old for old in outermost if old.stop <= window.first or window.stop <= old.first] + [window]
+    for window in sorted(outermost):
         if step >= window.first:
             step += window.stop - window.first
     return step
+
+
+def went_back_to(windows: list[Window], step: int) -> bool:
+    """Whether the checkpoint of a step, which is there, is the one that the run last went back to, and not one that it
+    has saved since it went back still further."""
+    return next((window.to == step for window in reversed(windows) if window.to <= step), False)
+
+
+def _make(folder: Path) -> bool:
+    """Whether a folder was made by this very process. Raises OSError if it is not there, and cannot be made."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
+
+
+def _lock(descriptor: int, path: Path) -> bool:
+    """Locks an open file; false if another process has, or has taken the file away meanwhile."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # file systems of clouds may have no locks
+            raise
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
 
 
 def _read_options(path: Path) -> dict[str, Any]:

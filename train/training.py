@@ -23,21 +23,17 @@ from convert.load import load_open
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.model import abstract_params
 from qwen2_jax.tokenizer import Tokenizer, tokenizer_file
-from sharding.checks import check_divides
 from sharding.mesh import MeshSpec, make_mesh
-from sharding.planner.advice import ways_to_fit
-from sharding.planner.chips import Topology, chip_of
-from sharding.planner.estimate import estimate
-from sharding.planner.request import Optimizer, Request, read_config
+from sharding.planner.request import read_config
 from sharding.run import run_options
 from train.checkpoints import Checkpoints
-from train.data.batches import Batches
+from train.data.batches import Batches, Rows
 from train.data.encode import end_id
-from train.data.packing import Rows
 from train.guard import Guard
 from train.loop import Limits, Loop, Stage
 from train.objective import Objective, Step
 from train.optimizer import adamw
+from train.preflight import check_run
 from train.report.profile import Profile
 from train.report.reporter import Reporter
 from train.report.throughput import work
@@ -84,8 +80,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
     spec = MeshSpec.parse(run.compute.mesh).resolve(jax.device_count())
     phases = run.stretches
     configs = [_config_of(config, phase) for phase in phases]
-    for of_phase, phase in zip(configs, phases, strict=True):
-        _check(run, of_phase, phase, spec)
+    check_run(run, configs, spec, jax.devices())
     optimizer = _optimizer(run)
     mesh = make_mesh(spec)
     abstract = abstract_state(configs[0], optimizer, mesh, jnp.dtype(run.optimization.params_dtype))
@@ -208,60 +203,18 @@ def _config_of(config: Qwen2Config, phase: Phase) -> Qwen2Config:
     return config if phase.rope_theta is None else dataclasses.replace(config, rope_theta=phase.rope_theta)
 
 
-def _check(run: Run, config: Qwen2Config, phase: Phase, spec: MeshSpec) -> None:
-    assert phase.batch is not None and phase.seq is not None and phase.accumulate is not None
-    if phase.batch % phase.accumulate:
-        raise ValueError(
-            f"a batch of {phase.batch} rows does not divide into {phase.accumulate} parts; change one of them"
-        )
-    rows = phase.batch // phase.accumulate
-    check_divides(config, spec, rows, phase.seq)
-    if config.max_length is not None and phase.seq > config.max_length:
-        raise ValueError(
-            f"the model has positions for {config.max_length} tokens, and rows would have {phase.seq}; give --seq "
-            f"{config.max_length} or less"
-        )
-    chip = chip_of(jax.devices()[0].device_kind)
-    if chip is None or run.compute.no_plan:
-        return
-    # Memory does not depend on how the chips are connected.
-    place = Topology(chip, (jax.device_count(),))
-    optimizer: Optimizer = "adamw-bf16" if run.optimization.moments_dtype == "bfloat16" else "adamw"
-    name = run.start.model or run.start.init or ""
-    request = Request(
-        name,
-        config,
-        place,
-        spec,
-        "train",
-        rows,
-        phase.seq,
-        run.compute.remat,
-        optimizer,
-        accumulates=phase.accumulate > 1,
-        params_bytes=4 if run.optimization.params_dtype == "float32" else 2,
-    )
-    if not (plan := estimate(request)).fits:
-        ways = ways_to_fit(request)
-        advice = f"it would with {' or '.join(ways)}" if ways else "use more devices"
-        raise ValueError(
-            f"a device would need {plan.memory.total / 1e9:.1f} GB and has {chip.memory / 1e9:.1f}: {advice}; "
-            "--no-plan starts all the same"
-        )
-
-
 def _optimizer(run: Run) -> optax.GradientTransformation:
     how = run.optimization
     decay = 0
     if how.schedule == "wsd":
         decay = max(1, run.steps // 10) if how.decay is None else how.decay
-    if how.warmup + decay > run.steps:
+    if run.warm_up + decay > run.steps:
         ends = f" and a decay of {decay} at its end" if decay else ""
         fitting = f"--warmup {max(run.steps - decay, 0)} or less" + (", or a shorter --decay" if decay else "")
         raise ValueError(
-            f"a warm-up of {how.warmup} steps{ends} does not fit into a run of {run.steps} steps; give {fitting}"
+            f"a warm-up of {run.warm_up} steps{ends} does not fit into a run of {run.steps} steps; give {fitting}"
         )
-    rate = LearningRate(how.learning_rate, how.schedule, how.warmup, decay, how.final_rate).over(run.steps)
+    rate = LearningRate(how.learning_rate, how.schedule, run.warm_up, decay, how.final_rate).over(run.steps)
     return adamw(
         rate,
         b1=how.beta1,
@@ -290,14 +243,15 @@ def _stages(
         options = run_options(config, mesh, attention=how.attention, moe=how.moe, capacity_factor=how.capacity_factor)
         computed = Step(jnp.dtype(how.dtype), how.remat, options, mesh=mesh, accumulate=phase.accumulate)
         step = make_train_step(config, optimizer, computed, objective, Guard(run.safety.spikes))
-        shape = phase.batch // phase.accumulate, phase.seq
-        batches = Batches(rows_of(number, phase), shape if phase.accumulate == 1 else (phase.accumulate, *shape), mesh)
+        count = phase.batch // phase.accumulate
+        shape = (count,) if phase.accumulate == 1 else (phase.accumulate, count)
+        batches = Batches(rows_of(number, phase), shape, mesh)
         cost = work(config, phase.seq, jax.devices())
         validation = None
         if validation_rows_of is not None:
-            held_out = Batches(validation_rows_of(phase), shape, mesh)
-            count = -(-run.held_out.validation_rows // shape[0])
-            validation = Validation(config, objective, computed._replace(accumulate=1), held_out, count)
+            held_out = Batches(validation_rows_of(phase), (count,), mesh)
+            enough = -(-run.held_out.validation_rows // count)
+            validation = Validation(config, objective, computed._replace(accumulate=1), held_out, enough)
         tokens = phase.batch * phase.seq
         stages.append(Stage(first, first + phase.steps, step, batches, tokens, cost, model, validation))
         first += phase.steps
@@ -324,14 +278,13 @@ def _write_model(run: Run, config: Qwen2Config, tokenizer: Path, phase: int) -> 
         write_whole(folder / "config.json", config_bytes(config, np.dtype(run.compute.dtype)))
         for file in carried_files(tokenizer):
             write_whole(folder / file.name, file.read_bytes())
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"model of phase {phase}")
+    multihost_utils.sync_global_devices(f"model of phase {phase}")
     return folder
 
 
 def _resumed(run: Run, checkpoints: Checkpoints) -> int | None:
     """The step to go on from; None begins anew."""
-    steps, wanted = checkpoints.steps(), run.safety.resume
+    steps, wanted = _steps(checkpoints), run.safety.resume
     if wanted == "auto":
         return steps[-1] if steps else None
     if wanted == "never":
@@ -344,6 +297,14 @@ def _resumed(run: Run, checkpoints: Checkpoints) -> int | None:
         there = ", ".join(map(str, steps)) or "none"
         raise ValueError(f"{run.out} has no checkpoint of step {wanted} to resume from; there are: {there}")
     return int(wanted)
+
+
+def _steps(checkpoints: Checkpoints) -> list[int]:
+    """As the first process finds them, in every process: a disk over a network may not show the same to all at once."""
+    steps = checkpoints.steps()
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+    found = np.resize(np.array([*steps, 0], np.int32), count + 1)  # what other processes hold does not matter
+    return multihost_utils.broadcast_one_to_all(found).tolist()[:-1]
 
 
 def _already_there(run: Run, checkpoints: Checkpoints, step: int) -> int:

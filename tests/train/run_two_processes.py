@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import sys
 import time
@@ -20,9 +21,13 @@ from train.text import rows_of_text
 from train.training import train
 
 
-def main(stop: str, argv: list[str]) -> int:
-    """`stop`: the step at which this process is sent SIGTERM, or 0. Made-up rows but for --data. Prints a digest of
-    every batch."""
+def main(what: str, at: str, argv: list[str]) -> int:
+    """Made-up rows but for --data. Prints a digest of every batch.
+
+    Args:
+      what: befalls this process: the name of a signal, or "full", when it can write no more.
+      at: which step, or 0, none.
+    """
     run = read_run(argv)
     join_processes(run.compute.coordinator, run.compute.processes, run.compute.process)
     assert jax.device_count() == 8
@@ -32,8 +37,11 @@ def main(stop: str, argv: list[str]) -> int:
         whole = batch if jax.process_count() == 1 else multihost_utils.process_allgather(batch, tiled=True)
         digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in whole)).hexdigest()
         print("batch", loop._step + 1, digest[:16], flush=True)
-        if loop._step + 1 == int(stop):
-            os.kill(os.getpid(), signal.SIGTERM)
+        if loop._step + 1 == int(at):
+            if what == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+            else:
+                os.kill(os.getpid(), getattr(signal, what))
         return take(loop, number, batch)
 
     Loop._take_step = telling
@@ -45,4 +53,4 @@ def main(stop: str, argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    end_process(exit_code(lambda: main(sys.argv[1], sys.argv[2:])))
+    end_process(exit_code(lambda: main(sys.argv[1], sys.argv[2], sys.argv[3:])))

@@ -15,9 +15,8 @@ from convert.step_folder import read_manifest
 from tests.oracles.tokenizers import write_byte_tokenizer
 from train import IGNORE, training
 from train.data.batches import Stream
-from train.data.packing import Row
 from train.loop import Loop
-from train.pretraining import Pretraining
+from train.pretraining import Batch, Pretraining
 from train.report.metrics_file import read_metrics
 from train.run import Run
 from train.run_file import read_run
@@ -57,7 +56,7 @@ class RandomRows:
     def __init__(self, seq: int, seed: int = 0):
         self._seq, self._seed = seq, seed
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Batch:
         seq = self._seq
         tokens = np.random.default_rng([self._seed, index]).integers(0, 256, seq, dtype=np.int32)
         tokens[seq // 2 :] = tokens[: seq - seq // 2]  # something to learn
@@ -65,7 +64,7 @@ class RandomRows:
         positions = np.concatenate([np.arange(seq // 4), np.arange(seq - seq // 4)]).astype(np.int32)
         targets = np.roll(tokens, -1)
         targets[[seq // 4 - 1, seq - 1]] = IGNORE
-        return Row(tokens, targets, segments, positions)
+        return Batch(tokens, targets, segments, positions)
 
 
 @dataclasses.dataclass

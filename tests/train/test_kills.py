@@ -1,6 +1,9 @@
-"""kill -9 at random moments of a run, of its saves and of its beginning again: nothing is lost that was saved."""
+"""kill -9 at random moments of a run, of its saves and of its beginning again, and disks that are full or read-only on
+the way: nothing is lost that was saved."""
 
+import collections
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -21,6 +24,14 @@ OPTIONS = f"""--seq 16 --batch 2 --steps {STEPS} --save-every {SAVE_EVERY} --log
 --remat none --max-skips 2""".split()
 
 
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux
+
+
+def heed_permissions() -> None:
+    """Lets root, too, be refused what a folder's mode does not allow, from the next program on."""
+    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+
+
 class Starter:
     """A process that has imported what a run needs, and makes a new process for every run."""
 
@@ -34,14 +45,18 @@ class Starter:
         }
         self._model = model
         self._process = subprocess.Popen(
-            [sys.executable, SCRIPT, cache], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, SCRIPT, cache],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            preexec_fn=heed_permissions,
         )
         self._read_ahead = b""
 
-    def start(self, folder: Path) -> int:
-        """Begins a run, and gives the number of its process."""
+    def start(self, folder: Path, healthy: int = 0, trouble: str = "") -> int:
+        """Begins a run, whose disk gets into trouble after so many steps, and gives the number of its process."""
         flags = ["--out", folder, "--model", self._model, "--tokenizer", self._model, *OPTIONS]
-        self._process.stdin.write(json.dumps([*map(str, flags)]).encode() + b"\n")
+        self._process.stdin.write(json.dumps([healthy, trouble, [*map(str, flags)]]).encode() + b"\n")
         self._process.stdin.flush()
         told = self._read(60)
         assert told is not None and told[0] == "pid"
@@ -59,7 +74,8 @@ class Starter:
                 if kill and kill[0] == line[0] and [kind for kind, _ in told].count(kill[0]) == kill[1]:
                     kill_at = time.monotonic() + kill[2]
             elif kill_at is not None:
-                os.kill(process, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                    os.kill(process, signal.SIGKILL)
                 kill = kill_at = None
             else:
                 raise AssertionError(f"nothing happens any more: {told[-3:]}")
@@ -91,24 +107,42 @@ def test_killed_at_random_moments(starter, tmp_path):
     whole = tmp_path / "whole"
     told = starter.follow(starter.start(whole))
     assert told[-1] == ("ended", 0)
-    draw, runs, kills, begun = random.Random(0), 0, 0, set()
+    draw, runs, kills, begun, ends = random.Random(0), 0, 0, set(), collections.Counter()
     while kills < KILLS:
-        folder, reached, status = tmp_path / f"run{runs}", 0, None
+        folder, status = tmp_path / f"run{runs}", None
+        saving = saved = 0  # the last steps whose saves were begun, and were told to be whole
         while status != 0:
             # Most while it trains and saves, some while it begins: takes up its folder, or reads a checkpoint.
             kill = ("step", draw.randint(1, 25), draw.uniform(0, 0.1))
             if draw.random() < 0.2:
                 kill = draw.choice([("pid", 0, draw.uniform(0, 3)), ("ready", 1, draw.uniform(0, 0.5))])
-            told = starter.follow(starter.start(folder), kill if kills < KILLS else None)
-            kinds, status = dict(told), told[-1][1]
-            assert status in (0, -signal.SIGKILL)
-            kills += status != 0
-            if "ready" in kinds:
-                begun.add(kinds["ready"])
-                # The save that was under way when it was killed is lost with it, none before.
-                assert kinds["ready"] >= (reached - 1) // SAVE_EVERY * SAVE_EVERY - SAVE_EVERY
-            reached = max(reached, kinds.get("step", 0))
+            trouble = draw.choice(["full", "read-only"]) if draw.random() < 0.3 else ""
+            process = starter.start(folder, draw.randint(0, 12), trouble if kills < KILLS else "")
+            told = starter.follow(process, kill if kills < KILLS else None)
+            status = told[-1][1]
+            assert status in (0, -signal.SIGKILL, *((2,) if trouble else ()))
+            kills += status == -signal.SIGKILL
+            ends[status, trouble] += 1
+            for kind, step in told:
+                if kind == "ready":
+                    begun.add(step)
+                    # Nothing that was whole is lost; a save that was under way may be, or not.
+                    assert step in (saved, saving)
+                    saving = saved = step
+                elif kind == "saving":
+                    # The save before was waited for. So no more than two intervals are ever at stake, the one that is
+                    # being saved and the one under way, and only the latter once the save is whole.
+                    assert saved == saving >= step - SAVE_EVERY
+                    saving = step
+                elif kind == "saved":
+                    assert step == saving
+                    saved = step
+                elif kind == "step":
+                    assert step - 1 - saving < SAVE_EVERY
+            if (folder / "checkpoints").exists():
+                (folder / "checkpoints").chmod(0o755)
         assert digests(folder, STEPS) == digests(whole, STEPS)
         assert curves(folder) == curves(whole)
         runs += 1
     assert len(begun) > 5, "killed at the same moments each time"
+    assert ends[2, "full"] and ends[2, "read-only"], "the disk was in order each time"

@@ -83,7 +83,7 @@ def test_goes_back_and_passes_over_the_data(poisoned, tmp_path):
     # Batches 5 to 7 are bad; the checkpoint before them is of step 4, so 4 is passed over as well.
     counted = dict(seen.batches)
     assert [counted[step] for step in range(1, 13)] == [0, 1, 2, 3, *range(8, 16)]
-    assert read_windows(folder) == [Window(0, 4, 8)]
+    assert read_windows(folder) == [Window(0, 4, 8, to=4)]
     (event,) = events(folder, "rollback")
     assert (event["step"], event["to"], event["passed_over"]) == (8, 4, 4)
     assert curves(folder)[12]["skipped"] == 0
@@ -116,18 +116,21 @@ def test_windows_survive_a_restart(stop, poisoned, tmp_path):
     assert first.status == 75
     again = poisoned({5, 6, 7}, folder)
     assert {**dict(first.batches), **dict(again.batches)} == dict(seen.batches)
-    assert read_windows(folder) == [Window(0, 4, 8)]
+    assert read_windows(folder) == [Window(0, 4, 8, to=4)]
     assert digests(folder, 12) == digests(whole, 12)
 
 
-def test_killed_behind_a_rollback(poisoned, tmp_path):
-    """As RL#3599, where no checkpoint knows yet that the place in the stream is not the step."""
+@pytest.mark.parametrize(("bad", "to"), [({5, 6, 7}, 4), ({6, 7, 8, 9}, 8)])
+def test_killed_behind_a_rollback(bad, to, poisoned, tmp_path):
+    """As RL#3599, where no checkpoint knows yet that the place in the stream is not the step; nor, if it is of a step
+    among those that were skipped, that these are not in a row with what comes."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    seen = poisoned({5, 6, 7}, whole)
+    seen = poisoned(bad, whole)
     with pytest.raises(Crash):
-        poisoned({5, 6, 7}, folder, before=lambda step: crash_at(6)(step) if read_windows(folder) else None)
-    again = poisoned({5, 6, 7}, folder)
-    assert again.batches == seen.batches[-8:]
+        poisoned(bad, folder, before=lambda step: crash_at(to + 2)(step) if read_windows(folder) else None)
+    again = poisoned(bad, folder)
+    assert again.batches == seen.batches[to - 12 :]
+    assert read_windows(folder) == read_windows(whole) and [window.to for window in read_windows(whole)] == [to]
     assert digests(folder, 12) == digests(whole, 12)
 
 
@@ -172,7 +175,7 @@ def test_one_window_behind_another(poisoned, tmp_path):
     folder = tmp_path / "run"
     seen = poisoned({5, 6, 7, 9, 10, 11}, folder)
     # Behind the first window come 8 and then the bad ones from 9 on: back to step 4 once more, past all of them.
-    assert read_windows(folder) == [Window(0, 4, 8), Window(0, 8, 12)]
+    assert read_windows(folder) == [Window(0, 4, 8, to=4), Window(0, 8, 12, to=4)]
     assert [dict(seen.batches)[step] for step in range(4, 9)] == [3, 12, 13, 14, 15]
     assert [event["passed_over"] for event in events(folder, "rollback")] == [4, 4]
 
@@ -181,7 +184,7 @@ def test_a_checkpoint_among_skipped_steps(poisoned, tmp_path):
     """Going back to it does not mean to go back again at the next bad step."""
     seen = poisoned({6, 7, 8, 10}, tmp_path / "run")
     assert [event["to"] for event in events(tmp_path / "run", "rollback")] == [8]
-    assert read_windows(tmp_path / "run") == [Window(0, 8, 9)]
+    assert read_windows(tmp_path / "run") == [Window(0, 8, 9, to=8)]
     assert seen.batches[-1] == (12, 12)
     assert curves(tmp_path / "run")[12]["skipped"] == 3
 
@@ -193,6 +196,10 @@ def test_gives_up(poisoned, tmp_path):
     ):
         poisoned(bad, tmp_path / "run", "--max-rollbacks", 2)
     assert len(events(tmp_path / "run", "rollback")) == 2
+    # A new start has no more of them: else a bad stretch would be passed over again and again.
+    with pytest.raises(ValueError, match="the run went back 2 times, .* or allow more by --max-rollbacks"):
+        poisoned(bad, tmp_path / "run", "--max-rollbacks", 2)
+    assert len(events(tmp_path / "run", "rollback")) == len(read_windows(tmp_path / "run")) == 2
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["00000000", "00000004"]
 
 
@@ -215,7 +222,7 @@ def test_goes_back_into_the_phase_before(train_run, tmp_path):
         (6, 5),
         *((step, step - 4) for step in range(7, 13)),
     ]
-    assert read_windows(folder) == [Window(1, 0, 3)]
+    assert read_windows(folder) == [Window(1, 0, 3, to=5)]
     assert len(events(folder, "compiled")) == 4
 
 

@@ -13,7 +13,7 @@ from qwen2_jax.sizes import PUBLISHED
 from sharding import make_mesh
 from sharding.planner.hlo import arrays, collectives, parse
 from train import IGNORE, next_token_loss, next_token_targets
-from train.loss import loss_sums, split_over
+from train.loss import CHUNK, loss_sums, split_over
 
 B, T, D, V = 8, 12, 16, 64
 
@@ -104,12 +104,18 @@ def test_logits_are_not_gathered():
 
 
 def test_memory_of_the_real_vocabulary():
-    """Temporaries stay far below one [B, T, V] array; the gradients themselves are results."""
-    vocabulary, tokens = 151936, 2048
-    shapes = ((4, tokens // 4, 32), jnp.bfloat16), ((vocabulary, 32), jnp.float32), ((4, tokens // 4), jnp.int32)
-    gradients = jax.jit(jax.grad(lambda *x: loss_sums(*x, 64, None, 1e-4).total, argnums=(0, 1)))
-    compiled = gradients.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.15 * tokens * vocabulary * 4
+    """Of Qwen2-0.5B's head: temporaries, beside the gradients, which are results, stay below 15% of one [B, T, V]
+    float32 array where a device has 32,768 tokens, and are what the docstring says where it has few."""
+    vocab, width = 151936, 896
+    logits, head = CHUNK * vocab * 4, vocab * width * 4
+    for rows, time in ((8, 4096), (4, 512)):
+        shapes = ((rows, time, width), jnp.bfloat16), ((vocab, width), jnp.float32), ((rows, time), jnp.int32)
+        gradients = jax.jit(jax.grad(lambda *x: loss_sums(*x, CHUNK, None, 1e-4).total, argnums=(0, 1)))
+        compiled = gradients.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
+        temporary = compiled.memory_analysis().temp_size_in_bytes
+        assert temporary < 1.02 * (2 * logits + 2 * head + 6 * rows * time * width)
+        if rows * time >= 28_000:
+            assert temporary < 0.15 * rows * time * vocab * 4
 
 
 def test_the_head_is_summed_in_float32():

@@ -35,7 +35,7 @@ def test_fits(name):
     assert (first.seq, last.seq) == (4096, 32768)
     if run.start.model:
         assert (first.rope_theta, last.rope_theta) == (10_000, 1_000_000)
-    assert run.optimization.warmup + (run.optimization.decay or 0) <= run.steps
+    assert run.warm_up + (run.optimization.decay or 0) <= run.steps
 
 
 def test_the_documentation_lists_them():

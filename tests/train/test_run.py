@@ -51,6 +51,13 @@ def test_flags_only():
     assert run.stretches == (Phase(1000, 128, 8, 1, None, ("a", "b"), ()),)
 
 
+@pytest.mark.parametrize(
+    ("flags", "steps"), [("", 100), ("--steps 100", 10), ("--steps 9", 0), ("--steps 90000", 100), ("--warmup 7", 7)]
+)
+def test_no_run_is_all_warm_up(flags, steps):
+    assert read_run(["--out", "runs/a", *flags.split()]).warm_up == steps
+
+
 def test_a_file(write):
     run = read_run([write(FILE), "--out", "x"])
     assert run.start.model == "qwen2-0.5b"

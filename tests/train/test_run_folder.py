@@ -1,12 +1,16 @@
 """The folder of a run: its lock, its options, and the windows of data that it passes over."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import shutil
 
 import hypothesis
 import hypothesis.strategies as some
 import pytest
 
+from train import run_folder
 from train.run import Phase
 from train.run_file import read_run
 from train.run_folder import (
@@ -19,6 +23,7 @@ from train.run_folder import (
     note_start,
     position,
     read_windows,
+    went_back_to,
 )
 
 
@@ -44,6 +49,51 @@ def test_a_start_that_fails_takes_back_what_it_made(tmp_path):
         fail(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "text"]
     assert (tmp_path / "old/model").exists(), "it may be somebody's own"
+
+
+def before_locking(monkeypatch, act):
+    """Has `act` done between opening the lock and taking it, by the first who comes so far."""
+    take, left = fcntl.flock, [act]
+
+    def flock(*given):
+        if left:
+            left.pop()()
+        take(*given)
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+
+
+def test_of_two_starts_the_loser_leaves_the_winner_alone(tmp_path, monkeypatch):
+    """Though it was the one that made the folder."""
+    folder = tmp_path / "run"
+    with contextlib.ExitStack() as winner:
+        before_locking(monkeypatch, lambda: winner.enter_context(locked(folder)))
+        with pytest.raises(ValueError, match="another process trains into"), locked(folder):
+            pytest.fail("two have the lock")
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        with pytest.raises(ValueError, match="another process trains into"), locked(folder):
+            pytest.fail("the lock was lost")
+
+
+def test_a_lock_that_was_taken_back_is_none(tmp_path, monkeypatch):
+    """By a start that failed: who has opened the file before would hold one that nobody else sees."""
+    (tmp_path / "run").mkdir()
+    before_locking(monkeypatch, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(ValueError, match="another process trains into"), locked(tmp_path / "run"):
+        pytest.fail("two could have it")
+
+
+def test_nothing_is_written_before_all_have_read(tmp_path, monkeypatch):
+    """A process that came later would find its own start to be the one before."""
+    note_start(read_run(["--out", str(tmp_path), "--data", "a"]), tmp_path, 0, ["1"])
+    before, met = [(tmp_path / name).read_bytes() for name in (OPTIONS, STARTS)], []
+
+    def meet(name):
+        met.append([(tmp_path / name).read_bytes() for name in (OPTIONS, STARTS)])
+
+    monkeypatch.setattr(run_folder.multihost_utils, "sync_global_devices", meet)
+    note_start(read_run(["--out", str(tmp_path), "--data", "b"]), tmp_path, 4, ["2"], begun=1)
+    assert met == [before] != [[(tmp_path / name).read_bytes() for name in (OPTIONS, STARTS)]]
 
 
 def test_options_and_starts(tmp_path):
@@ -92,18 +142,27 @@ def test_damaged_options(text, tmp_path):
 @pytest.mark.parametrize("text", ["[", "7", "[[1, 2]]", '[[1, 2, "x"]]', '{"a": 1}'])
 def test_damaged_windows(text, tmp_path):
     (tmp_path / PASSED_OVER).write_text(text)
-    with pytest.raises(ValueError, match=r"passed_over.json is damaged .*; it lists \[phase, first, stop\]"):
+    with pytest.raises(ValueError, match=r"passed_over.json is damaged .*; it lists \[phase, first, stop, to\]"):
         read_windows(tmp_path)
 
 
 def test_windows_come_back(tmp_path):
     assert read_windows(tmp_path) == []
-    windows = add_window(tmp_path, [], Window(0, 5, 8))
-    windows = add_window(tmp_path, windows, Window(1, 6, 7))
-    assert read_windows(tmp_path) == windows == [Window(0, 5, 8), Window(1, 6, 7)]
-    assert (
-        add_window(tmp_path, windows, Window(0, 3, 9)) == read_windows(tmp_path) == [Window(1, 6, 7), Window(0, 3, 9)]
-    )
+    expected = [Window(0, 5, 8, to=5), Window(1, 6, 7, to=26), Window(0, 3, 9, to=3)]
+    windows = []
+    for count, window in enumerate(expected, 1):
+        windows = add_window(tmp_path, windows, window)
+        assert read_windows(tmp_path) == windows == expected[:count]
+    (tmp_path / PASSED_OVER).write_text("[[0, 5, 8]]")  # of a version that did not say where it went back to
+    assert read_windows(tmp_path) == [Window(0, 5, 8)]
+
+
+def test_where_the_run_went_back_to():
+    windows = [Window(0, 8, 11, to=8), Window(0, 5, 12, to=4)]
+    assert [step for step in range(20) if went_back_to(windows[:1], step)] == [8]
+    # The checkpoint of step 8 is another one since: it was saved on the way from step 4.
+    assert [step for step in range(20) if went_back_to(windows, step)] == [4]
+    assert not any(went_back_to([Window(0, 5, 8)], step) for step in range(20))
 
 
 @hypothesis.given(rollbacks=some.lists(some.tuples(some.integers(0, 12), some.integers(1, 6)), max_size=6))

@@ -7,6 +7,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import types
 
 import jax
 import numpy as np
@@ -16,14 +19,16 @@ from convert import folder as folders
 from convert.load import load_checkpoint
 from convert.step_folder import read_manifest
 from qwen2_jax.command import exit_code
-from tests.train.runs import BATCH, Crash, RandomRows, Runner, crash_at, curves, digests, events
+from tests.train.runs import BATCH, OPTIONS, Crash, RandomRows, Runner, crash_at, curves, digests, events
+from train import training
 from train.checkpoints import Checkpoints
+from train.data.store import TokenStore
 from train.loop import Loop
 from train.pretraining import Pretraining
 from train.run import Phase
 from train.run_folder import locked
 from train.stopping import STOPPED
-from train.text import rows_of_text
+from train.text import rows_of_text, validation_rows_of_text
 from train.training import tokenizer_of, train
 
 
@@ -143,6 +148,25 @@ def test_another_mesh(train_run, undisturbed, tmp_path):
             np.testing.assert_allclose(other[name], record[name], rtol=1e-6)
 
 
+@pytest.mark.parametrize("seen", [[], [4], [4, 8, 12]])
+def test_the_first_process_says_which_steps_are_there(seen, monkeypatch):
+    """A disk over a network may show others something else; they would begin elsewhere."""
+
+    def of(steps):
+        return training._steps(types.SimpleNamespace(steps=lambda: steps))
+
+    def replay(given):
+        said = told.pop(0)
+        assert (given.shape, given.dtype) == (said.shape, said.dtype)
+        return said
+
+    told = []
+    monkeypatch.setattr(training.multihost_utils, "broadcast_one_to_all", lambda given: told.append(given) or given)
+    assert of([4, 8]) == [4, 8]
+    monkeypatch.setattr(training.multihost_utils, "broadcast_one_to_all", replay)
+    assert of(seen) == [4, 8] and not told
+
+
 def test_resume_never(train_run, undisturbed, tmp_path):
     """orbax#527: a run from step 0 in an old folder did not save its early steps, and did not say so."""
     folder, _ = undisturbed
@@ -189,10 +213,7 @@ def test_a_run_that_is_complete(train_run, undisturbed, capsys, tmp_path):
 def test_a_damaged_checkpoint_is_not_gone_on_from(train_run, undisturbed, tmp_path):
     folder, _ = undisturbed
     shutil.copytree(folder, tmp_path / "run")
-    array = max((tmp_path / "run/checkpoints/00000012").rglob("c/*/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(array.read_bytes())
-    content[len(content) // 2] ^= 4
-    array.write_bytes(content)
+    flip_a_bit(tmp_path / "run/checkpoints/00000012")
     with pytest.raises(ValueError, match=r"step 12: .* is damaged.*--resume 8$"):
         train_run(tmp_path / "run", "--steps", 14)
 
@@ -225,8 +246,9 @@ def take_the_folder_away(folder):
 
 
 @pytest.mark.parametrize("trouble", [fill_the_disk, take_the_folder_away])
-def test_what_cannot_be_saved(trouble, train_run, undisturbed, tmp_path, capsys):
-    """The run ends within an interval, with one line, and goes on from the checkpoint before.
+@pytest.mark.parametrize(("at", "lost"), [(6, 8), (12, 12)])
+def test_what_cannot_be_saved(at, lost, trouble, train_run, undisturbed, tmp_path, capsys):
+    """The run ends within an interval, be it the last, with one line, and goes on from the checkpoint before.
 
     orbax#605: the run went on as if nothing had happened. keras#23609: a run whose last save failed was a success.
     """
@@ -234,7 +256,7 @@ def test_what_cannot_be_saved(trouble, train_run, undisturbed, tmp_path, capsys)
     with contextlib.ExitStack() as later:
 
         def before(step):
-            if step == 6:
+            if step == at:
                 Checkpoints.wait(later.run)
                 later.callback(trouble(folder))
 
@@ -247,12 +269,35 @@ def test_what_cannot_be_saved(trouble, train_run, undisturbed, tmp_path, capsys)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Loop, "__init__", init)
             assert exit_code(lambda: train_run(folder, before=before).status) == 2
-    assert 8 <= train_run.seen.batches[-1][0] <= 12
+    assert lost <= train_run.seen.batches[-1][0] <= 12 and not events(folder, "finished")
     message = capsys.readouterr().err
     assert message.startswith("qwen2-jax: error: ") and message.count("\n") == 1
-    assert "step 8 could not be saved in" in message or "checkpoints: Not a directory" in message
-    assert train_run(folder).batches[0] == (5, 4)
+    assert f"step {lost} could not be saved in" in message or "checkpoints: Not a directory" in message
+    assert train_run(folder).batches[0] == (lost - 3, lost - 4)
     assert_equal_runs(folder, undisturbed[0])
+
+
+def flip_a_bit(step):
+    """Of the largest file with numbers."""
+    array = max(step.rglob("c/*/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(array.read_bytes())
+    content[len(content) // 2] ^= 4
+    array.write_bytes(content)
+
+
+def test_a_last_save_that_does_not_read_back(train_run, tmp_path, capsys, monkeypatch):
+    verify = Checkpoints.verify
+
+    def verify_what_the_disk_made_of_it(checkpoints, step):
+        flip_a_bit(tmp_path / f"run/checkpoints/{step:08d}")
+        verify(checkpoints, step)
+
+    monkeypatch.setattr(Checkpoints, "verify", verify_what_the_disk_made_of_it)
+    assert exit_code(lambda: train_run(tmp_path / "run").status) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("qwen2-jax: error: step 12: ") and message.count("\n") == 1
+    assert " is damaged" in message and message.endswith("--resume 8\n")
+    assert not events(tmp_path / "run", "finished")
 
 
 def test_a_folder_that_cannot_be_made(train_run, tmp_path):
@@ -385,6 +430,30 @@ def test_text_becomes_rows(train_run, model, tmp_path):
         rows_of_text(run)(0, run.stretches[0])
 
 
+def test_a_flipped_token_is_found(train_run, tmp_path, monkeypatch):
+    """At the start, once per store, however many phases it has; unless somebody would rather not wait."""
+    (tmp_path / "a.txt").write_text("again and again " * 50)
+    run = train_run.run(tmp_path / "run", "--data", tmp_path / "a.txt", "--validation-data", tmp_path / "a.txt")
+    rows_of_text(run)(0, run.stretches[0])
+    (folder,) = (tmp_path / "run/tokens").iterdir()
+    content = bytearray((folder / "tokens-000000.bin").read_bytes())
+    content[40] ^= 1
+    (folder / "tokens-000000.bin").write_bytes(content)
+    damaged = r"tokens-000000.bin is damaged: its sha256 differs .*; tokenize again"
+    with pytest.raises(ValueError, match=damaged):
+        rows_of_text(run)(0, run.stretches[0])
+    with pytest.raises(ValueError, match=damaged):
+        validation_rows_of_text(run)(run.stretches[0])
+    trusting = dataclasses.replace(run, text=dataclasses.replace(run.text, no_verify_data=True))
+    rows_of_text(trusting)(0, run.stretches[0])
+    read = []
+    monkeypatch.setattr(TokenStore, "damages", lambda store, *share: read.append(share) or [])
+    rows_of = rows_of_text(run)
+    for number in range(3):
+        rows_of(number, run.stretches[0])
+    assert read == [(0, 1)]
+
+
 def test_damaged_records_are_named(train_run, tmp_path, capsys, monkeypatch):
     """As `train tokenize` does; by one process, and by every start, for it is what the run learns from."""
     lines = [*('{"text": "again and again"}' for _ in range(100)), *("broken" for _ in range(5))]
@@ -436,6 +505,27 @@ def test_needs_a_folder(train_run):
     run = dataclasses.replace(train_run.run("x"), out=None)
     with pytest.raises(ValueError, match="--out is missing"):
         train(run, Pretraining(), lambda number, phase: RandomRows(phase.seq))
+
+
+@pytest.mark.slow
+def test_programs_are_kept(model, tmp_path):
+    """On one device: the second start finds what the first has compiled."""
+    (tmp_path / "a.txt").write_text("again and again " * 50)
+    environment = {
+        **os.environ,
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # of a small model
+        "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",
+    }
+    said = []
+    for name in "ab":
+        flags = "--out", tmp_path / name, "--model", model, "--tokenizer", model, "--data", tmp_path / "a.txt", *OPTIONS
+        command = [sys.executable, "-m", "train", "pretrain", *flags, "--compilation-cache", tmp_path / "programs"]
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append("Persistent compilation cache hit for 'jit_step'" in done.stderr)
+        assert any((tmp_path / "programs").iterdir())
+    assert said == [False, True] and digests(tmp_path / "a", 12) == digests(tmp_path / "b", 12)
 
 
 # Phases.

@@ -17,9 +17,13 @@ from tests.train.runs import OPTIONS, curves, events
 SCRIPT = Path(__file__).parent / "run_two_processes.py"
 
 
-def start(folder, model, processes, *more, stop=0, stopped=0):
-    """Runs to the end; what each process printed, and its exit status. `more`: flags; `stopped`: the process that gets
-    the signal."""
+def start(folder, model, processes, *more, what="SIGTERM", at=0, whom=0):
+    """Runs to the end; what each process printed, and its exit status.
+
+    Args:
+      more: flags.
+      what: befalls the process `whom` at the step `at`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -33,7 +37,7 @@ def start(folder, model, processes, *more, stop=0, stopped=0):
     runs = []
     for process in range(processes):
         join = ["--coordinator", address, "--processes", processes, "--process", process] if processes > 1 else []
-        command = [sys.executable, SCRIPT, stop if process == stopped else 0, *flags, *join]
+        command = [sys.executable, SCRIPT, what, at if process == whom else 0, *flags, *join]
         runs.append(
             subprocess.Popen(
                 [*map(str, command)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -63,7 +67,7 @@ def test_processes(model, tmp_path):
     expected = batches(one[0][0])
     assert len(set(expected.values())) == 12
 
-    stopped = start(tmp_path / "two", model, 2, stop=6, stopped=1)
+    stopped = start(tmp_path / "two", model, 2, at=6, whom=1)
     assert [status for *_, status in stopped] == [75, 75], stopped[0][1][-2000:] + stopped[1][1][-2000:]
     taken = [batches(out) for out, *_ in stopped]
     last = max(taken[0])
@@ -85,6 +89,31 @@ def test_processes(model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("whom", [0, 1])
+def test_control_c_reaches_all(whom, model, tmp_path):
+    stopped = start(tmp_path / "run", model, 2, what="SIGINT", at=6, whom=whom)
+    assert [status for *_, status in stopped] == [75, 75], stopped[0][1][-2000:] + stopped[1][1][-2000:]
+    last = max(batches(stopped[0][0]))
+    assert batches(stopped[1][0]).keys() == set(range(1, last + 1)) and 6 <= last <= 9
+    assert [event["step"] for event in events(tmp_path / "run", "stopped")] == [last]
+
+
+@pytest.mark.slow
+def test_another_process_cannot_write(model, tmp_path):
+    """keras#23609, where it is not the process that reports: no process ends as if all were well, and no step is there
+    that is not whole."""
+    ended = start(tmp_path / "run", model, 2, what="full", at=6, whom=1)
+    assert [status for *_, status in ended][1] == 2 and ended[0][2] not in (0, 75), ended[0][1][-2000:]
+    assert "qwen2-jax: error: step 8 could not be saved in" in ended[1][1]
+    assert max(batches(ended[1][0])) <= 12
+    whole = [path.name for path in (tmp_path / "run/checkpoints").iterdir() if (path / "manifest.json").exists()]
+    assert sorted(whole) == ["00000000", "00000004"]
+    again = start(tmp_path / "run", model, 2)
+    assert [status for *_, status in again] == [0, 0], again[0][1][-2000:] + again[1][1][-2000:]
+    assert min(batches(again[0][0])) == 5
+
+
+@pytest.mark.slow
 def test_processes_share_the_tokens_of_their_text(model, tmp_path):
     """Both come upon text that is not tokenized yet: one of them makes the tokens, and both read the same."""
     (tmp_path / "prose").mkdir()
@@ -100,7 +129,7 @@ def test_processes_share_the_tokens_of_their_text(model, tmp_path):
     expected = batches(out)
     assert len(set(expected.values())) == 12
 
-    stopped = start(tmp_path / "two", model, 2, *flags, stop=6, stopped=0)
+    stopped = start(tmp_path / "two", model, 2, *flags, at=6, whom=0)
     assert [status for *_, status in stopped] == [75, 75], stopped[0][1][-2000:] + stopped[1][1][-2000:]
     taken = [batches(out) for out, *_ in stopped]
     last = max(taken[0])

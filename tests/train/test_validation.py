@@ -36,10 +36,10 @@ def test_mean_over_all_targets(config, mesh):
     mesh = mesh and make_mesh(mesh)
     how = Step(dtype=jnp.float32, mesh=mesh, options=run_options(config, mesh)) if mesh else Step(dtype=jnp.float32)
     params = parameters(config)
-    found = Validation(config, Pretraining(z_loss=0.01), how, Batches(UnevenRows(SEQ), (ROWS, SEQ), mesh), 3)(params)
+    found = Validation(config, Pretraining(z_loss=0.01), how, Batches(UnevenRows(SEQ), (ROWS,), mesh), 3)(params)
 
     # The load-balancing loss of a batch is one of its own; the others are of all rows at once.
-    batches = [Batches(UnevenRows(SEQ), (ROWS, SEQ)).at(index) for index in range(3)]
+    batches = [Batches(UnevenRows(SEQ), (ROWS,)).at(index) for index in range(3)]
     counts = [int((batch.targets >= 0).sum()) for batch in batches]
     assert len(set(counts)) == 3, "or any mean would do"
 

@@ -1,22 +1,35 @@
-"""Rows to batches on devices, made ahead by a thread: the same global batch on any number of processes."""
+"""Rows to batches on devices, made ahead by a thread: the same global batch on any number of processes. What a row
+holds is the objective's business."""
 
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from sharding.rules import batch_sharding
-from train.data.packing import Row, Rows
-from train.pretraining import Batch
+
+
+class Rows(Protocol):
+    """Training data without an end."""
+
+    def __getitem__(self, index: int) -> Any:
+        """Row `index`, from 0 on: the same whenever, wherever and in whatever order it is asked for. A pytree of NumPy
+        arrays, as the objective wants a batch of them; of the same structure, shapes and dtypes in every row."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Of what the rows are made from, and of how: equal for equal data, wherever it lies."""
+        ...
 
 
 class Batches:
-    """Batch i holds the rows i * A * B up to (i + 1) * A * B.
+    """Batch i holds the rows i * A * B up to (i + 1) * A * B: a pytree as of a row, each array with all rows' in front.
 
     Attributes:
       waited: seconds that `stream`s have kept idle devices waiting, in all.
@@ -25,43 +38,48 @@ class Batches:
     def __init__(self, rows: Rows, shape: Sequence[int], mesh: Mesh | None = None, depth: int = 2):
         """
         Args:
-          rows: each of T tokens.
-          shape: of each array of a batch: (B, T), or (A, B, T) with A micro-batches, or (None, B, T), which is (B, T).
-          mesh: whose devices a batch is split over, as `sharding.batch_sharding` says; by default one device has all.
+          rows: the data.
+          shape: how many rows a batch has: (B,), or (A, B) with A micro-batches.
+          mesh: whose devices a batch is split over, B and each array's last dim as `sharding.batch_sharding` says; by
+            default one device has all.
           depth: batches that are made ahead.
         """
         assert depth >= 1
-        self._rows, self._depth = rows, depth
-        self.shape = tuple(size for size in shape if size is not None)
-        """Of each array of a batch."""
-        self._sharding: Any = SingleDeviceSharding(jax.local_devices()[0])
-        if mesh is not None:
-            spec = batch_sharding(mesh, self.shape[-2:]).spec
-            self._sharding = NamedSharding(mesh, PartitionSpec(*(None,) * (len(self.shape) - 2), *spec))
+        self._rows, self._shape, self._mesh, self._depth = rows, tuple(shape), mesh, depth
+        self._form: Any = None  # of a row, known from the first one that is read
         self.waited = 0.0
 
     @property
     def digest(self) -> str:
-        """Of the text, as of `Rows`."""
+        """As of `Rows`."""
         return self._rows.digest
 
-    def at(self, index: int) -> Batch:
-        """Batch `index`, as global arrays, int32. Each process reads only the rows of its own devices."""
-        rows: dict[int, Row] = {}
-        first = index * int(np.prod(self.shape[:-1]))
-        numbers = first + np.arange(int(np.prod(self.shape[:-1]))).reshape(self.shape[:-1])
+    def at(self, index: int) -> Any:
+        """Batch `index`, of global arrays. Each process reads only the rows of its own devices, and once another."""
+        read: dict[int, tuple[list[np.ndarray], Any]] = {}
+        count = int(np.prod(self._shape))
+        numbers = index * count + np.arange(count).reshape(self._shape)
 
-        def array(field: int) -> jax.Array:
+        def row(number: int) -> tuple[list[np.ndarray], Any]:
+            if number not in read:
+                read[number] = jax.tree.flatten(self._rows[number])
+            return read[number]
+
+        if self._form is None:
+            leaves, structure = row(int(numbers.flat[0]))
+            self._form = [np.shape(leaf) for leaf in leaves], structure
+        shapes, structure = self._form
+
+        def array(leaf: int, of_row: tuple[int, ...]) -> jax.Array:
             def part(where: tuple[slice, ...] | None) -> np.ndarray:
                 assert where is not None
-                chosen = numbers[where[:-1]]
-                parts = [self._row(rows, int(number))[field][where[-1]] for number in chosen.flat]
-                return np.stack(parts).reshape(*chosen.shape, -1)
+                chosen, within = numbers[where[: len(self._shape)]], where[len(self._shape) :]
+                parts = np.stack([row(int(number))[0][leaf][within] for number in chosen.flat])
+                return parts.reshape(*chosen.shape, *parts.shape[1:])
 
-            return jax.make_array_from_callback(self.shape, self._sharding, part)
+            return jax.make_array_from_callback((*self._shape, *of_row), self._sharding(of_row), part)
 
-        tokens, targets, segment_ids, positions = map(array, range(4))
-        return Batch(tokens=tokens, targets=targets, segment_ids=segment_ids, positions=positions)
+        return jax.tree.unflatten(structure, [array(leaf, of_row) for leaf, of_row in enumerate(shapes)])
 
     def stream(self, first: int = 0, idle: Callable[[], object] = lambda: None) -> "Stream":
         """Batches from number `first` on, without an end, made ahead from this call on.
@@ -72,14 +90,17 @@ class Batches:
         """
         return Stream(self, first, self._depth, idle)
 
-    def _row(self, rows: dict[int, Row], number: int) -> Row:
-        if number not in rows:
-            rows[number] = self._rows[number]
-            assert rows[number].tokens.shape == self.shape[-1:]
-        return rows[number]
+    def _sharding(self, of_row: tuple[int, ...]) -> Any:
+        """Of an array of a batch, by its shape in a row."""
+        if self._mesh is None:
+            return SingleDeviceSharding(jax.local_devices()[0])
+        *parts, rows = self._shape
+        batch, last = batch_sharding(self._mesh, (rows, of_row[-1] if of_row else 1)).spec
+        within = (*(None,) * (len(of_row) - 1), last) if of_row else ()
+        return NamedSharding(self._mesh, PartitionSpec(*(None for _ in parts), batch, *within))
 
 
-class Stream(Iterator[tuple[int, Batch]]):
+class Stream(Iterator[tuple[int, Any]]):
     """Pairs of number and batch. A context manager: leaving it ends the thread that makes them ahead.
 
     What goes wrong in the thread is raised where the batch was to be had.
@@ -87,7 +108,7 @@ class Stream(Iterator[tuple[int, Batch]]):
 
     def __init__(self, batches: Batches, first: int, depth: int, idle: Callable[[], object]):
         self._batches, self._idle = batches, idle
-        self._made: queue.Queue[tuple[int, Batch] | BaseException] = queue.Queue(depth)
+        self._made: queue.Queue[tuple[int, Any] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._error: BaseException | None = None
         # The thread knows nothing of this object, so that one that is forgotten ends it.
@@ -96,7 +117,7 @@ class Stream(Iterator[tuple[int, Batch]]):
         )
         self._thread.start()
 
-    def __next__(self) -> tuple[int, Batch]:
+    def __next__(self) -> tuple[int, Any]:
         """
         Raises:
           ValueError: if the stream is closed; also whatever making the batch raised, now and ever after, and what
@@ -138,7 +159,7 @@ class Stream(Iterator[tuple[int, Batch]]):
 def _make(batches: Batches, first: int, made: queue.Queue[Any], stop: threading.Event) -> None:
     index = first
     while not stop.is_set():
-        item: tuple[int, Batch] | BaseException
+        item: tuple[int, Any] | BaseException
         try:
             item = index, batches.at(index)
         except BaseException as error:

@@ -9,15 +9,16 @@ neighbors, or a batch would hold little else than one long document.
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from convert.files import shown
+from train.data.batches import Rows
 from train.data.shuffle import Permutation
 from train.data.source import Source
 from train.data.store import TokenStore
 from train.loss import IGNORE
+from train.pretraining import Batch
 
 _BLOCK = 1024  # documents of an order that are looked up together
 _BLOCKS = 32  # blocks whose lengths are summed up at a time: bounds the memory that an epoch's beginning takes
@@ -25,35 +26,12 @@ _WINDOW = 10_000  # rows that are shuffled among each other, unless an epoch has
 _SHARES = 10_000  # rows within which every mixture keeps its proportions
 
 _ORDER, _MIXTURE, _ROWS = 1, 2, 3  # keys of what is drawn, so that no two draws are alike
-
-
-class Row(NamedTuple):
-    """Each [T] int32."""
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    """The token to predict at each place; IGNORE at the last place of every segment."""
-    segment_ids: np.ndarray
-    """1, 2, ...: one for each document, or part of one."""
-    positions: np.ndarray
-    """From 0 in each segment."""
-
-
-class Rows(Protocol):
-    """Training data without an end."""
-
-    def __getitem__(self, index: int) -> Row:
-        """Row `index`, from 0 on: the same whenever, wherever and in whatever order it is asked for."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """Of the text that the rows are cut from: equal for equal text, wherever it lies."""
-        ...
+_VERSION = 2  # of how text becomes rows: another one must not go on with a run amid its rows
 
 
 def packed_rows(sources: Sequence[Source], seq: int, seed: int) -> Rows:
-    """Rows of `seq` tokens, from each source in proportion to its weight.
+    """Rows of `seq` tokens, from each source in proportion to its weight, without padding. The last place of every
+    segment has no target; segments are numbered from 1, and positions count from 0 in each.
 
     Raises:
       ValueError: for no sources, weights that are not positive, a row longer than all documents of a source, a negative
@@ -90,9 +68,9 @@ class PackedRows:
 
     @property
     def digest(self) -> str:
-        return self._store.digest
+        return f"{_VERSION}:{self._store.digest}"
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Batch:
         pieces, lengths = [], []
         epoch, begin = divmod(self.origin(index) * self._seq, self._store.tokens)
         left = self._seq
@@ -171,7 +149,7 @@ class Mixture:
     def digest(self) -> str:
         return " ".join(source.digest for source in self._sources)
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Batch:
         source, number = self.origin(index)
         return self._sources[source][number]
 
@@ -201,11 +179,11 @@ def _shares(weights: Sequence[float]) -> list[int]:
     return shares
 
 
-def _row(tokens: np.ndarray, lengths: np.ndarray) -> Row:
-    """A row of segments of these lengths [n]."""
+def _row(tokens: np.ndarray, lengths: np.ndarray) -> Batch:
+    """A row of segments of these lengths [n], each array [T] int32."""
     ends = np.cumsum(lengths)
     segments = np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)
     positions = np.arange(len(tokens), dtype=np.int32) - np.repeat(ends - lengths, lengths).astype(np.int32)
     targets = np.roll(tokens, -1)
     targets[ends - 1] = IGNORE
-    return Row(tokens, targets, segments, positions)
+    return Batch(tokens, targets, segments, positions)
