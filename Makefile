@@ -7,7 +7,7 @@ EXTRA ?= test
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS)
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) $(TESTS)
 NONE_SELECTED = [ $$? -eq 5 ]# pytest's exit status when a selection holds no test
 
 .PHONY: demo test test-fast test-slow test-tpu test-full test-latest lint types format benchmark help
@@ -29,11 +29,16 @@ test-slow: $(VENV)/ready
 test-tpu: $(VENV)/ready
 	@$(PYTEST) -m "slow and tpu" || $(NONE_SELECTED)
 
-# The tests that need no PyTorch, with the newest JAX of the supported range, where an interpreter for it exists. Only
-# that environment has the compiler for TPUs, so the slow tests that need it run here as well.
+# What is compiled and computed, as far as it needs no PyTorch, with the newest JAX of the supported range, where an
+# interpreter for it exists. Only that environment has the compiler for TPUs, so the slow tests that need it run here too.
+LATEST_TESTS = $(addprefix tests/,convert/test_load.py qwen2_jax/attention qwen2_jax/moe qwen2_jax/test_dual_chunk.py \
+  qwen2_jax/test_generation.py qwen2_jax/test_model.py qwen2_jax/test_projection.py qwen2_jax/test_target.py \
+  qwen2_jax/test_yarn.py qwen2_jax/evaluation/test_outputs.py qwen2_jax/evaluation/test_scoring.py sharding \
+  train/test_checkpoints.py train/test_digest.py train/test_guard.py train/test_loss.py train/test_step.py)
 test-latest:
 	@if [ -n "$(LATEST_PYTHON)" ]; then \
-	  $(MAKE) --no-print-directory PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRA=test-latest test-fast test-tpu; \
+	  $(MAKE) --no-print-directory PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRA=test-latest \
+	    TESTS="$(LATEST_TESTS)" test-fast test-tpu; \
 	else \
 	  echo "test-latest: the newest JAX needs Python 3.12, which was not found; nothing to do"; \
 	fi
@@ -56,7 +61,7 @@ help:
 	@echo "make demo         trains a small model, kills and resumes it, and PyTorch answers as it does; 5 minutes"
 	@echo "make test         lint, types, and the tests that take seconds"
 	@echo "make test-full    the slow tests too"
-	@echo "make test-latest  the tests that need no PyTorch, with the newest JAX, and those that compile for TPUs (Python 3.12)"
+	@echo "make test-latest  what JAX computes, with the newest one, and what compiles for TPUs (Python 3.12)"
 	@echo "make lint, types  parts of make test"
 	@echo "make format       lays out the code"
 	@echo "make benchmark    speed and memory beside PyTorch"

@@ -82,6 +82,7 @@ def test_windows_ask_only_for_what_can_be_known(example, monkeypatch, kind, leng
                 assert known[found.start(2) : found.end(2)].all() == again
 
 
+@pytest.mark.slow
 def test_training_makes_a_checkpoint_that_can_be_measured(example, monkeypatch, tmp_path):
     monkeypatch.setattr(example, "library_sources", lambda: (TEXTS, TEXTS))
     monkeypatch.setattr(example, "MODES", {"dca": example.MODES["dca"]})

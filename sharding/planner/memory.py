@@ -202,11 +202,11 @@ class _Sizes:
         return (config.shared_expert_intermediate_size if sparse else config.intermediate_size) // self.spread.tensor
 
     def loss(self) -> int:
-        """The gathered head and its gradient, one chunk's logits, hidden states and their gradients."""
+        """The gathered head and its gradient, one chunk's logits with their gradient, hidden states and theirs."""
         config, spread = self.config, self.spread
         head = (spread.vocab, config.hidden_size)
         chunk = max(1, _CHUNK // spread.rows) * spread.rows
-        logits = self.array((chunk, spread.vocab), SINGLE)
+        logits = self.array((chunk, spread.vocab), SINGLE) + self.array((chunk, spread.vocab), HALF)
         return self.array(head, HALF) + self.array(head, SINGLE) + logits + 2 * self.tokens(config.hidden_size)
 
     def all_logits(self) -> int:

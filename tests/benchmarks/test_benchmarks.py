@@ -21,6 +21,7 @@ def page(folder, kind):
     return path
 
 
+@pytest.mark.slow
 def test_speed(tmp_path, capsys):
     markdown = page(tmp_path, "speed")
     arguments = ["--size", "tiny", "--dtype", "float32", "--repeats", "1", "--scratch", str(tmp_path)]
@@ -73,6 +74,7 @@ def test_attention(tmp_path):
     assert "| 96 |" in markdown.read_text()
 
 
+@pytest.mark.slow
 def test_moe(tmp_path):
     markdown = page(tmp_path, "moe")
     arguments = ["moe", "--size", "tiny", "--dtype", "float32", "--repeats", "1"]
@@ -89,6 +91,7 @@ def test_moe(tmp_path):
     assert "| dense einsum |" in markdown.read_text()
 
 
+@pytest.mark.slow
 def test_training(tmp_path):
     markdown = page(tmp_path, "training")
     arguments = ["training", "--size", "tiny", "--dtype", "float32", "--repeats", "1", "--batch", "2", "--seq", "32"]
@@ -103,6 +106,7 @@ def test_training(tmp_path):
     assert "| qwen2-jax |" in markdown.read_text()
 
 
+@pytest.mark.slow
 def test_harness(tmp_path):
     markdown = page(tmp_path, "harness")
     arguments = ["harness", "--size", "tiny", "--repeats", "1", "--scratch", str(tmp_path)]

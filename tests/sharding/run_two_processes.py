@@ -28,7 +28,10 @@ MOE_MESHES = [spec for spec in ACTIVATIONS if "expert" in spec] + [
     "fsdp=2,context=2,tensor=2",
     "context=2,tensor=4",
 ]
-CASES = [(name, spec) for name in MODELS for spec in (MOE_MESHES if MODELS[name].is_moe else DENSE_MESHES)]
+PAIRS = [(DENSE_MESHES, [name for name in MODELS if not MODELS[name].is_moe])]
+PAIRS += [(MOE_MESHES, [name for name in MODELS if MODELS[name].is_moe])]
+# Plain and dual-chunk in turn: tests on one process have all of them.
+CASES = [(names[at % len(names)], spec) for meshes, names in PAIRS for at, spec in enumerate(meshes)]
 LOADS = [("fsdp=8", False), ("fsdp=8", True), ("data=2,fsdp=4", True), ("fsdp=2,tensor=4", False), ("tensor=8", True)]
 
 

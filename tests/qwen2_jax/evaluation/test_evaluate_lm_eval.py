@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
-from tests.oracles.harness import run_processes, write_tasks
+from tests.oracles.harness import write_tasks
 
 ROOT = Path(__file__).parents[3]
 
@@ -108,6 +108,7 @@ def test_writes_what_the_harness_writes(run, command, tasks, tmp_path):
     assert not list((tmp_path / "answers").iterdir())
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_interrupted(run, command, tasks, tmp_path, monkeypatch):
     asked = []
     original = Qwen2JaxLM.loglikelihood_rolling
@@ -134,6 +135,7 @@ def test_goes_on_where_it_was_interrupted(run, command, tasks, tmp_path, monkeyp
     assert asked == [5, 5] and scored == [5]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_this_model_and_mode(run, command, tasks, tmp_path, monkeypatch):
     """Answers that are kept for another way to run are not taken."""
     monkeypatch.setattr("qwen2_jax.commands.evaluate_lm_eval.shutil.rmtree", lambda folder: None)
@@ -174,6 +176,7 @@ def test_empty_data_is_named(run, command, tasks, tmp_path):
     assert (code, out) == (2, "") and "a data file is empty" in err.splitlines()[-1] and "cloze.yaml" in err
 
 
+@pytest.mark.slow
 def test_the_harness_runs_it_from_its_own_command_line(run, model, tasks):
     """On a mesh and in a mode, which model_args name."""
     dca = ["--mode", "dca", "--chunk-size", 16, "--local-size", 2]
@@ -188,18 +191,3 @@ def test_the_harness_runs_it_from_its_own_command_line(run, model, tasks):
     assert ended.returncode == 0, ended.stderr[-3000:]
     tables = [re.search(r"\|perplexity *\|\S* *\| *([\d.]+)", text) for text in (ended.stdout, out)]
     assert float(tables[0][1]) == pytest.approx(float(tables[1][1]), rel=1e-3)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(model, tasks, tmp_path):
-    """Each computes its part of every batch; the first one writes."""
-    arguments = ["lm-eval", "--model", model, "--tasks", named(tasks, "letters", "rolling", "stops", "chat"), "--json"]
-    (alone,) = run_processes(arguments, 1, 1, tmp_path)
-    both = run_processes([*arguments, "--mesh", "data=4,tensor=2", "--out", tmp_path / "out"], 2, 4, tmp_path)
-    assert not both[1]
-    ours, expected = (json.loads(text)["results"] for text in (both[0], alone))
-    for task, metrics in expected.items():
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                assert ours[task][name] == pytest.approx(value, rel=1e-4), (task, name)
-    assert len(list((tmp_path / "out").rglob("results_*.json"))) == 1

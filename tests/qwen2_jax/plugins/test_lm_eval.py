@@ -120,6 +120,7 @@ def test_every_kind_of_request_equals_the_hugging_face_model(reference, tasks):
     assert usage["requests"].keys() == {"loglikelihood", "loglikelihood_rolling", "generate_until"}
 
 
+@pytest.mark.parametrize("reference", ["dense", pytest.param("moe", marks=pytest.mark.slow)], indirect=True)
 def test_chats_equal_the_hugging_face_model(reference, tasks):
     folder, oracle = reference
     how = dict(chat=True, system_prompt="Be brief.")
@@ -134,25 +135,18 @@ def test_chats_equal_the_hugging_face_model(reference, tasks):
 MESHES = {"dense": "data=2;tensor=2;context=2", "moe": "data=2;expert=2;tensor=2"}
 
 
-def check_mesh(reference, tasks, names):
+@pytest.mark.slow
+def test_every_kind_of_request_on_a_mesh(reference, tasks):
     folder, oracle = reference
     mesh = MESHES["moe" if "experts" in str(oracle.model.state_dict().keys()) else "dense"]
     model = Qwen2JaxLM(str(folder), dtype="float32", mesh=mesh)
     assert model.session.mesh.size == 8
-    assert_same(run(model, tasks, names), run(oracle, tasks, names))
-
-
-@pytest.mark.parametrize("reference", ["moe"], indirect=True)
-def test_on_a_mesh(reference, tasks):
-    check_mesh(reference, tasks, ("letters", "stops"))
+    for names, how in ((TASKS, {}), (["chat"], dict(chat=True, multiturn=True))):
+        assert_same(run(model, tasks, names, **how), run(oracle, tasks, names, **how))
 
 
 @pytest.mark.slow
-def test_every_kind_of_request_on_a_mesh(reference, tasks):
-    check_mesh(reference, tasks, TASKS)
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["dense"], indirect=True)
 def test_two_processes_equal_the_hugging_face_model(reference, tasks, tmp_path):
     """Every sample, from what the harness writes. The processes were killed before, at different requests: what one
     wrote down that the first did not (here it is wrong) is computed again."""
@@ -201,6 +195,7 @@ def test_long_inputs_lose_what_they_lose_in_the_harness(reference, tasks):
     assert ours["config"]["qwen2_jax"]["truncated"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["dense"], indirect=True)
 def test_the_model_sees_more_where_its_mode_reaches_so_far(reference, tasks):
     """Prompts are cut as by a model that was opened to see so much, and no longer once it goes back."""

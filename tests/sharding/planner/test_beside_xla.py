@@ -13,8 +13,8 @@ from tests.tpu import run_for_tpu
 # model, topology, mesh, task, rows, tokens, remat: arguments, and all that is alive at the worst moment
 # (`memory_analysis().peak_memory_in_bytes`), of each device, as libtpu 0.0.41 or 0.0.50 compiled them.
 MEASURED = {
-    ("qwen2-0.5b", "v6e:4x4", "fsdp=16", "train", 64, 4096, "full"): (404_825_088, 2_643_146_976),
-    ("qwen2-0.5b", "v5e:4x4", "fsdp=16", "train", 64, 4096, "full"): (404_828_672, 2_642_109_440),
+    ("qwen2-0.5b", "v6e:4x4", "data=2,fsdp=8", "train", 64, 4096, "full"): (751_837_696, 3_346_762_496),
+    ("qwen2-0.5b", "v5e:4x4", "data=2,fsdp=8", "train", 64, 4096, "full"): (751_837_696, 3_346_762_752),
     ("qwen2-0.5b", "v5p:2x2x1", "fsdp=4", "train", 32, 4096, "full"): (1_502_216_704, 4_626_622_720),
     ("qwen2-1.5b", "v5e:2x2", "fsdp=4", "train", 16, 4096, "full"): (4_632_806_400, 8_904_552_960),
     ("qwen2-1.5b", "v5p:2x2x1", "fsdp=4", "train", 32, 4096, "full"): (4_632_941_056, 10_843_571_968),
