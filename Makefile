@@ -30,10 +30,10 @@ test-tpu: $(VENV)/ready
 	@$(PYTEST) -m "slow and tpu" || $(NONE_SELECTED)
 
 # What is compiled and computed, as far as it needs no PyTorch, with the newest JAX of the supported range, where an
-# interpreter for it exists. Only that environment has the compiler for TPUs, so the slow tests that need it run here too.
+# interpreter for it exists. Only that environment has the compiler for TPUs, so slow tests that need it run here too.
 LATEST_TESTS = $(addprefix tests/,qwen2_jax/attention qwen2_jax/moe qwen2_jax/test_dual_chunk.py \
   qwen2_jax/test_generation.py qwen2_jax/test_model.py qwen2_jax/test_projection.py qwen2_jax/test_target.py \
-  qwen2_jax/test_yarn.py qwen2_jax/evaluation/test_outputs.py qwen2_jax/evaluation/test_scoring.py \
+  qwen2_jax/test_yarn.py $(addprefix qwen2_jax/evaluation/,test_bench.py test_outputs.py test_scoring.py) \
   sharding/planner/test_beside_xla.py sharding/planner/test_compiled.py sharding/test_attention.py \
   sharding/test_experts.py sharding/test_tpu.py train/test_guard.py train/test_loss.py train/test_step.py)
 test-latest:
