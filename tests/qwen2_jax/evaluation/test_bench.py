@@ -83,7 +83,7 @@ def test_on_a_mesh(run, tiny):
     assert {result["attention"] for result in report["results"]} == {"chunked", "dense"}
 
 
-def test_refusals(run, refused, tiny, model, tmp_path):
+def test_refusals(run, refused, tiny, model, tmp_path, monkeypatch):
     refused("bench", because="one of --size NAME")
     refused("bench", "--size", tiny, "--model", model, because="one of --size NAME")
     refused("bench", "--size", "qwen3", because="unknown model 'qwen3'")
@@ -92,6 +92,7 @@ def test_refusals(run, refused, tiny, model, tmp_path):
     refused("bench", "--size", tiny, because="--prefill-length need 4096 positions, the model has 128")
     refused("bench", "--size", tiny, "--out", tmp_path / "none" / "x.json", because="there is no folder")
     refused("bench", "--size", tiny, "--xla-flags", "recommended", because="JAX is there already")
+    monkeypatch.setattr("qwen2_jax.commands.evaluate_bench._missing", list)  # PyTorch, say, where it is
     on_mesh = ["--mesh", "data=8", "--compare", "transformers"]
     code, _, err = run("bench", "--size", tiny, *LENGTHS, *on_mesh)
     assert (code, err.count("\n")) == (2, 1) and "not on TPUs or a mesh" in err
