@@ -10,7 +10,7 @@ import jaxlib
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows
 
-from benchmarks.worker import serve
+from benchmarks.worker import peak_device_memory, serve
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
 
 
@@ -21,8 +21,7 @@ class Harness:
         self.device = jax.devices()[0]
 
     def device_memory(self) -> int | None:
-        statistics = self.device.memory_stats()  # None on CPU
-        return statistics and statistics.get("peak_bytes_in_use")
+        return peak_device_memory(self.device)
 
     def answer(self, task: str, **arguments: Any) -> dict[str, Any]:
         return self.prepare(**arguments) if task == "prepare" else self.run(**arguments)

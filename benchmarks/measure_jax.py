@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from benchmarks.worker import serve
+from benchmarks.worker import peak_device_memory, serve
 from convert import load_checkpoint
 from qwen2_jax import Generation, Qwen2, Qwen2Config
 from qwen2_jax.cache import empty_cache
@@ -50,8 +50,7 @@ class JaxEngine:
         return time.perf_counter() - begin, np.concatenate([first, rest], axis=1)
 
     def device_memory(self) -> int | None:
-        statistics = self.device.memory_stats()  # None on CPU
-        return statistics and statistics.get("peak_bytes_in_use")
+        return peak_device_memory(self.device)
 
 
 @functools.partial(jax.jit, static_argnames="config")

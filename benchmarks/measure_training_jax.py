@@ -9,7 +9,7 @@ import jaxlib
 import numpy as np
 import optax
 
-from benchmarks.worker import serve
+from benchmarks.worker import peak_device_memory, serve
 from convert import load_checkpoint
 from sharding.mesh import make_mesh
 from sharding.run import run_options
@@ -27,8 +27,7 @@ class Training:
         self.device = jax.devices()[0]
 
     def device_memory(self) -> int | None:
-        statistics = self.device.memory_stats()  # None on CPU
-        return statistics and statistics.get("peak_bytes_in_use")
+        return peak_device_memory(self.device)
 
     def answer(self, task: str, **arguments: Any) -> dict[str, Any]:
         return self.prepare(**arguments) if task == "prepare" else self.run()

@@ -17,6 +17,7 @@ from qwen2_jax.heads import HeadLayout, pad_groups, repeat_heads
 from qwen2_jax.placement import Placement, WeightPlacement, added_rows
 from qwen2_jax.projection import align, project, take_as
 from qwen2_jax.rope import Rotation, Rotations, rotate
+from qwen2_jax.target import target_platform
 
 
 class Sequence(NamedTuple):
@@ -279,7 +280,7 @@ class SparseMoE(nn.Module):
         if callable(chosen):
             return chosen(x, routing, experts, capacity_factor)
         kept = routing if capacity_factor is None else moe.with_capacity(routing, capacity_factor)
-        backend = moe.backend_name(chosen, jax.default_backend())
+        backend = moe.backend_name(chosen, target_platform())
         return moe.moe(x, kept, experts, backend), moe.dropped_choices(routing, kept)
 
 

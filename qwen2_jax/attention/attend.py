@@ -12,6 +12,7 @@ from qwen2_jax.attention.context import Context
 from qwen2_jax.attention.dense import dense_attention
 from qwen2_jax.attention.flash import flash_attention
 from qwen2_jax.rope import Rotation
+from qwen2_jax.target import target_platform
 
 _DENSE_LIMIT = 1024 * 1024
 """Scores per head up to which all are kept: the reference is faster for short inputs ..."""
@@ -60,7 +61,7 @@ def implementation_for(
             dtype=query.dtype,
             whole_rows=context.whole_rows,
             chunk_length=context.chunk_length,
-            platform=jax.default_backend() if platform is None else platform,
+            platform=platform or target_platform(),
             by_blocks=by_blocks,
         )
     return implementation_named(name)

@@ -16,7 +16,7 @@ import tyro
 
 from qwen2_jax.commands.evaluation import aligned, versions
 from qwen2_jax.commands.harness import XlaFlags, set_flags
-from qwen2_jax.commands.session import Attention, Mesh, attention_option
+from qwen2_jax.commands.session import Attention, Mesh, attention_option, split_over
 from qwen2_jax.config import Qwen2Config
 
 if TYPE_CHECKING:  # only: flags are set before JAX starts
@@ -99,24 +99,21 @@ def run(options: Options) -> int:
     import jax
 
     from qwen2_jax.evaluation import memory
-    from qwen2_jax.evaluation.paths import Split
 
     device = jax.devices()[0]
-    mesh, layer_options, split = None, None, Split()
+    mesh, layer_options = None, None
     config, source = _config(options)
     _check_lengths(options, config)
     if options.mesh is not None:
         from sharding import make_mesh, run_options
-        from sharding.logical import ROW_AXES
 
         mesh = make_mesh(options.mesh)
         layer_options = run_options(config, mesh, rules="serve", attention=options.attention)
-        rows = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-        split = Split(rows, mesh.shape["tensor"], "pallas" if device.platform == "tpu" else "chunked")
     else:
         from qwen2_jax.layers import Options as LayerOptions
 
         layer_options = LayerOptions(attention=options.attention)
+    split = split_over(mesh)
     model = _model(options, config, source, mesh)
     free = memory.free_on_each([device] if mesh is None else list(mesh.local_devices))
     planned = _plan(options, model, layer_options, split, free, device.platform)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -15,6 +16,7 @@ from qwen2_jax.long_context import LongContext
 if TYPE_CHECKING:  # only: the options and their help must not wait for JAX
     import jax
 
+    from qwen2_jax.evaluation.paths import Split
     from qwen2_jax.generation import Generation
     from qwen2_jax.generation_config import GenerationConfig
     from qwen2_jax.layers import Options
@@ -35,6 +37,17 @@ def attention_option() -> Any:
 
 def _checkpoints(metavar: str, otherwise: str) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: the checkpoint's, else {otherwise})")
+
+
+def split_over(mesh: "jax.sharding.Mesh | None") -> "Split":
+    """How a mesh divides the work of attention; all axes are there, as `sharding.make_mesh` makes them."""
+    from qwen2_jax.evaluation.paths import Split
+    from sharding.logical import ROW_AXES
+
+    if mesh is None:
+        return Split()
+    by_blocks = "pallas" if mesh.devices.flat[0].platform == "tpu" else "chunked"
+    return Split(math.prod(mesh.shape[axis] for axis in ROW_AXES), mesh.shape["tensor"], by_blocks)
 
 
 @dataclasses.dataclass(frozen=True)

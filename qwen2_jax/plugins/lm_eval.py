@@ -30,17 +30,16 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from qwen2_jax.commands.session import Session, SessionOptions
+from qwen2_jax.commands.session import Session, SessionOptions, split_over
 from qwen2_jax.evaluation import completion
 from qwen2_jax.evaluation.completion import Completer, Prompt
 from qwen2_jax.evaluation.memory import free_on_each, room_for, slot_bytes
-from qwen2_jax.evaluation.paths import Paths, Split
+from qwen2_jax.evaluation.paths import Paths
 from qwen2_jax.evaluation.scoring import Scorer
 from qwen2_jax.evaluation.suites import few
 from qwen2_jax.long_context import LongContext
 from qwen2_jax.plugins.model_args import check_device, dtype_named, most_rows, positive, refuse_unknown
 from qwen2_jax.sampling import Sampling
-from sharding.logical import ROW_AXES
 
 NAME = "qwen2_jax"
 
@@ -142,8 +141,9 @@ class Qwen2JaxLM(TemplateLM):
         self.skipped: list[str] = []
         """Requests that could not be computed, with the reason."""
         self.see()
+        self._split = split_over(self.session.mesh)
         self._room = room_for(
-            *(self.config, self.session.params, self._dtype, self.session.layer_options, self._row_devices)
+            *(self.config, self.session.params, self._dtype, self.session.layer_options, self._split.rows)
         )
         self._scorers: dict[int, Scorer] = {}
         self._completers: dict[tuple[int, Sampling], Completer] = {}
@@ -195,11 +195,6 @@ class Qwen2JaxLM(TemplateLM):
     @property
     def _dtype(self) -> Any:
         return self.session.params["embed"]["embedding"].dtype
-
-    @property
-    def _row_devices(self) -> int:
-        mesh = self.session.mesh
-        return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
 
     @property
     def eot_token_id(self) -> int:
@@ -358,7 +353,7 @@ class Qwen2JaxLM(TemplateLM):
                 options=self.session.layer_options,
                 max_length=self.max_length,
                 max_rows=self._max_rows,
-                multiple=self._row_devices,
+                multiple=self._split.rows,
                 room=self._room,
             )
         return self._scorers[self.max_length]
@@ -375,7 +370,7 @@ class Qwen2JaxLM(TemplateLM):
                 seed=self.session.options.seed,
                 options=self.session.layer_options,
                 max_rows=self._max_rows,
-                multiple=self._row_devices,
+                multiple=self._split.rows,
                 room=self._room,
             )
         return self._completers[key]
@@ -403,10 +398,7 @@ class Qwen2JaxLM(TemplateLM):
 
     def attention(self) -> dict[str, str]:
         """Which path attention takes in each program so far: of prompts, and of what follows them."""
-        mesh = self.session.mesh
-        by_blocks = "pallas" if jax.default_backend() == "tpu" else "chunked"
-        split = Split() if mesh is None else Split(self._row_devices, mesh.shape.get("tensor", 1), by_blocks)
-        how = (self._dtype, self.session.layer_options, self.session.options.attention, split)
+        how = (self._dtype, self.session.layer_options, self.session.options.attention, self._split)
         taken = {}
         for scorer in self._scorers.values():
             for shape, sizes in scorer.work.shapes:
