@@ -10,6 +10,8 @@ import hypothesis
 import jax
 import pytest
 
+from tests.xla import QUICK_FLAGS
+
 PLATFORM = os.environ.get("QWEN2_JAX_TEST_PLATFORM", "cpu")  # "cuda": the paths that need a GPU, on one
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -34,10 +36,14 @@ def pytest_configure(config):
     jax.config.update("jax_num_cpu_devices", 8)
     # No persistent compilation cache: programs for several CPU devices that come out of it have lost the order of their
     # collectives, and two of them wait for each other for good as soon as the machine is busy (jax 0.10.1).
-    # Compiling takes longer than running here; the comparisons with transformers switch the optimizations on again.
+    # Compiling takes longer than running here; some of the comparisons with transformers switch the optimizations on.
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    if PLATFORM == "cpu":  # Read once, as JAX starts; commands that tests start compile as users' do.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip())
+            jax.devices()
 
 
 def pytest_ignore_collect(collection_path):

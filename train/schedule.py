@@ -58,19 +58,19 @@ class LearningRate:
         falling = {"cosine": updates - self.warm_up, "wsd": self.decay, "constant": 0}[self.kind]
 
         def rate(count: jax.Array) -> jax.Array:
-            left = jnp.float32(1)
-            if falling:
-                # Of what is left rather than of what is done: exact where the rate is small.
-                left = jnp.clip(updates - count, 0, falling).astype(jnp.float32) / falling
-            factor = self.final + (1 - self.final) * self._shape(left)
+            factor = self.final + (1 - self.final) * self._shape(updates - count, falling)
             if self.warm_up:
                 factor *= jnp.minimum(count + 1, self.warm_up).astype(jnp.float32) / self.warm_up
             return self.peak * factor
 
         return rate
 
-    def _shape(self, left: jax.Array) -> jax.Array:
-        """From 1 to 0 as the fraction of the decay that is left does."""
-        if self.kind == "cosine":
-            return jnp.square(jnp.sin(math.pi / 2 * left))
-        return left if self.kind == "constant" else 1 - jnp.sqrt(1 - left)
+    def _shape(self, left: jax.Array, falling: int) -> jax.Array:
+        """From 1 to 0 over the last `falling` updates, with `left` still to come."""
+        if not falling:
+            return jnp.float32(1)
+        left = jnp.clip(left, 0, falling)
+        # Both are quotients of whole numbers: of 1 less the other, compilers make something else than 0 at the ends.
+        share, done = (count.astype(jnp.float32) / falling for count in (left, falling - left))
+        # 1 - sqrt(done), exact where that is small.
+        return jnp.square(jnp.sin(math.pi / 2 * share)) if self.kind == "cosine" else share / (1 + jnp.sqrt(done))

@@ -12,8 +12,8 @@ import tyro
 from qwen2_jax.commands.evaluation import fingerprint
 from qwen2_jax.commands.harness import (
     HarnessOptions,
-    check_tasks,
     evaluate_tasks,
+    find_tasks,
     join,
     open_model,
     require_harness,
@@ -73,7 +73,7 @@ def run(options: Options) -> int:
 
     from sharding.processes import leave_processes
 
-    check_tasks(names, options.include_path)  # before the weights are read
+    find_tasks(names, options.include_path)  # before the weights are read
     tracker = EvaluationTracker(output_path=None if options.out is None else str(options.out))
     show_run(join(options.harness.together))
     model = open_model(options.harness)

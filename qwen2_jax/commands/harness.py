@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import fnmatch
 import importlib.util
 import logging
 import sys
@@ -16,6 +17,7 @@ import tyro
 from qwen2_jax import xla_flags
 from qwen2_jax.commands.session import Attention, Mesh, attention_option
 from qwen2_jax.evaluation.suites import few
+from qwen2_jax.evaluation.task_index import task_manager
 from qwen2_jax.json_object import brief
 from qwen2_jax.long_context import LongContext
 
@@ -137,24 +139,27 @@ def open_model(options: HarnessOptions) -> "Qwen2JaxLM":
     )
 
 
-def check_tasks(names: Sequence[str], include_path: Sequence[str] = ()) -> Any:
-    """The harness's index of tasks, if it knows each of `names`: a task, group or tag, a pattern, or a YAML file.
+def find_tasks(names: Sequence[str], include_path: Sequence[str] = ()) -> tuple[Any, list[str]]:
+    """The harness's index of tasks, and what `names` stand for in it: each is a task, group or tag, a pattern, or a
+    YAML file.
 
     Raises:
       ValueError: for one that it does not know, with the nearest that it does.
     """
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=list(include_path) or None)
+    manager = task_manager(include_path)
+    found = []
     for name in names:
         if name.endswith(".yaml"):
             if not Path(name).is_file():
                 raise ValueError(f"there is no task file {name}")
-        elif not manager.match_tasks([name]):
-            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            found.append(name)
+        elif matches := sorted(fnmatch.filter(manager.task_index, name)):
+            found += matches
+        else:
+            near = difflib.get_close_matches(name, manager.task_index, n=3)
             also = f"; did you mean {' or '.join(near)}?" if near else "; `lm_eval ls tasks` lists them"
             raise ValueError(f"the harness has no task {brief(name)}{also}")
-    return manager
+    return manager, found
 
 
 def evaluate_tasks(
@@ -201,18 +206,16 @@ def evaluate_tasks(
     from lm_eval import simple_evaluate
 
     names = [task for task in tasks if isinstance(task, str)]
-    manager = _Forgiving(check_tasks(names, include_path))
+    index, chosen = find_tasks(names, include_path)
+    manager = _Forgiving(index)
     before = len(getattr(model, "skipped", ()))
-    chosen: list[Any] = [task for task in tasks if not isinstance(task, str)]
-    for name in names:
-        chosen += [name] if name.endswith(".yaml") else manager.match_tasks([name])
     # The harness prints how its standard errors come along, where results are to stand.
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore", DeprecationWarning)  # of the packages that read data
         warnings.simplefilter("ignore", FutureWarning)
         results = simple_evaluate(
             model=model,
-            tasks=chosen,
+            tasks=[*(task for task in tasks if not isinstance(task, str)), *chosen],
             num_fewshot=shots,
             use_cache=use_cache,
             limit=limit,

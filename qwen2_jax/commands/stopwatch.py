@@ -13,7 +13,8 @@ class Stopwatch:
         import jax
 
         self.seconds: dict[str, float] = collections.defaultdict(float)
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
+        self._heard: list[tuple[float, float]] = []
+        jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -21,6 +22,19 @@ class Stopwatch:
         yield
         self.seconds[name] += time.perf_counter() - start - (self.seconds["compile"] - compiled)
 
-    def _heard(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event.startswith("/jax/core/compile/"):
-            self.seconds["compile"] += duration_secs
+    def rate(self, count: int, *names: str) -> float | None:
+        """`count` for each second of some phases together, to a tenth; None if there were none."""
+        seconds = sum(self.seconds.get(name, 0.0) for name in names)
+        return round(count / max(seconds, 1e-3), 1) if seconds else None
+
+    def _hear(self, event: str, duration_secs: float, **_: str | int) -> None:
+        if not event.startswith("/jax/core/compile/"):
+            return
+        end = time.perf_counter()
+        start = end - duration_secs
+        # A function that is traced while another one is being traced is heard first, and its time is in the other's.
+        while self._heard and self._heard[-1][0] >= start:
+            within = self._heard.pop()
+            self.seconds["compile"] -= within[1] - within[0]
+        self._heard.append((start, end))
+        self.seconds["compile"] += duration_secs

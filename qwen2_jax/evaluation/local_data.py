@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_jax.evaluation.suites import TASKS_FOLDER
+from qwen2_jax.evaluation.task_index import task_manager
 
 _LOADERS = {".jsonl": "json", ".parquet": "parquet"}
 
@@ -144,7 +145,4 @@ def _is_empty(path: Path) -> bool:
 
 @functools.cache
 def _index() -> Mapping[str, Any]:
-    """Every task of the harness and of TASKS_FOLDER; reading their thousands of files takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(TASKS_FOLDER)).task_index
+    return task_manager([str(TASKS_FOLDER)]).task_index

@@ -10,14 +10,13 @@ model ends the whole run for one continuation, or room for an answer, that is lo
 sample, gives it a result that wins nothing, and goes on.
 """
 
-import dataclasses
 import logging
 import math
 import os
 import pickle
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from qwen2_jax.commands.session import Session, SessionOptions, split_over
+from qwen2_jax.commands.stopwatch import Stopwatch
 from qwen2_jax.evaluation import completion
 from qwen2_jax.evaluation.completion import Completer, Prompt
 from qwen2_jax.evaluation.memory import free_on_each, room_for, slot_bytes
@@ -50,20 +50,6 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 _ROLLING_PROGRAMS = 2
 """With those of other scores, and two for each shape of answers, 12 in a run of all kinds of requests."""
-
-
-@dataclasses.dataclass
-class Measured:
-    """One kind of requests."""
-
-    requests: int = 0
-    seconds: float = 0.0
-    compile_seconds: float = 0.0
-    """Of those."""
-
-    def per_second(self, tokens: int) -> float | None:
-        """Without what compiling took, which longer runs take no more of."""
-        return round(tokens / max(self.seconds - self.compile_seconds, 1e-3), 1) if self.seconds else None
 
 
 @register_model(NAME)
@@ -149,9 +135,8 @@ class Qwen2JaxLM(TemplateLM):
         self._completers: dict[tuple[int, Sampling], Completer] = {}
         self._truncated_prompts = 0
         self._asked: Sequence[Instance] = ()
-        self.measured: dict[str, Measured] = {}
-        self.compile_seconds = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._hear)
+        self._requests: Counter[str] = Counter()
+        self._stopwatch = Stopwatch()
         if jax.process_count() > 1:
             # All processes compute all requests together. This is how the harness knows such runs: each has a request
             # cache of its own (see `set_cache_hook`), and only the first one gets results.
@@ -413,33 +398,29 @@ class Qwen2JaxLM(TemplateLM):
         return taken
 
     def usage(self) -> dict[str, Any]:
-        """What the run took so far: requests and seconds of each kind, tokens, padding, programs. Tokens per second are
-        without the seconds of compilation."""
+        """What the run took so far: requests and seconds of each kind, tokens, padding, programs. Compilation, which
+        longer runs take no more of, is in none of the seconds but its own, and in no tokens per second."""
         scored = [scorer.work for scorer in self._scorers.values()]
         completed = [completer.work for completer in self._completers.values()]
-        kinds = ("loglikelihood", "loglikelihood_rolling")
-        scoring, answering = Measured(), self.measured.get("generate_until", Measured())
-        for measured in filter(None, map(self.measured.get, kinds)):
-            scoring.seconds += measured.seconds
-            scoring.compile_seconds += measured.compile_seconds
+        scoring = ("loglikelihood", "loglikelihood_rolling")
         given, computed, new = (
             sum(work.given for work in scored),
             sum(work.tokens for work in scored),
             sum(work.new_tokens for work in completed),
         )
         return {
-            "requests": {name: measured.requests for name, measured in self.measured.items()},
-            "seconds": {name: round(measured.seconds, 3) for name, measured in self.measured.items()},
-            "compile_seconds": round(self.compile_seconds, 3),
+            "requests": dict(self._requests),
+            "seconds": {name: round(self._stopwatch.seconds[name], 3) for name in self._requests},
+            "compile_seconds": round(self._stopwatch.seconds["compile"], 3),
             "programs": self.programs,
             "attention": self.attention(),
             "scored_tokens": given,
             "scored_tokens_computed": computed,
-            "scored_tokens_per_second": scoring.per_second(given),
-            "scored_tokens_computed_per_second": scoring.per_second(computed),
+            "scored_tokens_per_second": self._stopwatch.rate(given, *scoring),
+            "scored_tokens_computed_per_second": self._stopwatch.rate(computed, *scoring),
             "scoring_padding": _padding(computed, sum(work.slots for work in scored)),
             "new_tokens": new,
-            "new_tokens_per_second": answering.per_second(new),
+            "new_tokens_per_second": self._stopwatch.rate(new, "generate_until"),
             "prompt_padding": _padding(sum(work.tokens for work in completed), sum(work.slots for work in completed)),
             "truncated": sum(work.truncated for work in scored) + self._truncated_prompts,
             "answers_without_stop": sum(work.unstopped for work in completed),
@@ -472,14 +453,9 @@ class Qwen2JaxLM(TemplateLM):
             f"up to {self._room.slots} tokens at once and {self._room.cached} in the cache"
         )
 
-    def _measure(self, kind: str, requests: int) -> "_Stopwatch":
-        measured = self.measured.setdefault(kind, Measured())
-        measured.requests += requests
-        return _Stopwatch(measured, lambda: self.compile_seconds)
-
-    def _hear(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            self.compile_seconds += duration_secs
+    def _measure(self, kind: str, requests: int) -> AbstractContextManager[None]:
+        self._requests[kind] += requests
+        return self._stopwatch.phase(kind)
 
     def _report(self) -> None:
         usage = self.usage()
@@ -488,18 +464,6 @@ class Qwen2JaxLM(TemplateLM):
             _logger.warning(
                 "%d inputs were longer than %d tokens and lost their beginning", usage["truncated"], self.max_length
             )
-
-
-class _Stopwatch:
-    def __init__(self, measured: Measured, compiled: Callable[[], float]):
-        self._measured, self._compiled = measured, compiled
-
-    def __enter__(self) -> None:
-        self._start, self._before = time.perf_counter(), self._compiled()
-
-    def __exit__(self, *_: Any) -> None:
-        self._measured.seconds += time.perf_counter() - self._start
-        self._measured.compile_seconds += self._compiled() - self._before
 
 
 def usage_line(usage: Mapping[str, Any]) -> str:

@@ -30,8 +30,7 @@ MOE_MESHES = [spec for spec in ACTIVATIONS if "expert" in spec] + [
 ]
 PAIRS = [(DENSE_MESHES, [name for name in MODELS if not MODELS[name].is_moe])]
 PAIRS += [(MOE_MESHES, [name for name in MODELS if MODELS[name].is_moe])]
-# Plain and dual-chunk in turn: tests on one process have all of them.
-CASES = [(names[at % len(names)], spec) for meshes, names in PAIRS for at, spec in enumerate(meshes)]
+CASES = [(name, spec) for meshes, names in PAIRS for spec in meshes for name in names]
 LOADS = [("fsdp=8", False), ("fsdp=8", True), ("data=2,fsdp=4", True), ("fsdp=2,tensor=4", False), ("tensor=8", True)]
 
 

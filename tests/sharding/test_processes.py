@@ -17,6 +17,7 @@ from qwen2_jax.model import unstack_layers
 from sharding.processes import join_processes
 from tests.sharding.models import MODELS, parameters
 from tests.sharding.run_two_processes import CASES, LOADS
+from tests.xla import QUICK_FLAGS
 
 HERE = Path(__file__).parent
 
@@ -33,6 +34,7 @@ def run_two(script, arguments, environment, timeout):
         **os.environ,
         "JAX_NUM_CPU_DEVICES": "4",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": QUICK_FLAGS,
         "PYTHONPATH": str(HERE.parents[1]),
     }
     runs = [
@@ -57,8 +59,8 @@ def run_two(script, arguments, environment, timeout):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_device(tmp_path):
-    """Also in what they load: 12 meshes for dense and for MoE models, plain and dual-chunk in turn."""
-    assert len(CASES) == 2 * 12
+    """Also in what they load: 12 meshes for dense and for MoE models, plain and dual-chunk."""
+    assert len(CASES) == 2 * 2 * 12
     config = MODELS["dense"]
     save_checkpoint(tmp_path / "ours", config, unstack_layers(parameters(config), config))
     convert_to_hf(tmp_path / "ours", tmp_path / "hf")

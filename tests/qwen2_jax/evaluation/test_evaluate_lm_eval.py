@@ -10,25 +10,8 @@ from pathlib import Path
 import pytest
 
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
-from tests.oracles.harness import write_tasks
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data_sets_stay_here(tmp_path_factory):
-    import datasets
-
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("datasets")
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        patch.setenv("HF_DATASETS_CACHE", str(folder))  # for commands of their own
-        yield
 
 
 def named(tasks, *names):

@@ -15,11 +15,8 @@ from qwen2_jax.evaluation.suites import TASKS_FOLDER
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of packages that the harness imports
     import datasets
-    import lm_eval.tasks
     from lm_eval.api.model import LM
-    from lm_eval.tasks._index import TaskIndex
 
-FOLDERS = ("hellaswag", "gsm8k", "mmlu/default", "ruler", "longbench")  # reading all of the harness takes seconds
 ADDITION = {
     "task_id": "HumanEval/0",
     "prompt": 'def add(a, b):\n    """The sum."""\n',
@@ -78,22 +75,7 @@ class Knowing(LM):
         return answer
 
 
-@pytest.fixture(autouse=True)
-def few_tasks(monkeypatch, tmp_path):
-    """The harness with a few of its folders, and a cache of data sets that goes away."""
-    every = TaskIndex._iter_yaml_files
-    harness = Path(lm_eval.tasks.__file__).parent
-
-    def some(root):
-        roots = [harness / name for name in FOLDERS] if Path(root) == harness else [root]
-        for folder in roots:
-            yield from every(Path(folder))
-
-    monkeypatch.setattr(TaskIndex, "_iter_yaml_files", staticmethod(some))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    local_data._index.cache_clear()
-    yield
-    local_data._index.cache_clear()
+pytestmark = pytest.mark.usefixtures("data_sets_stay_here")
 
 
 @pytest.fixture

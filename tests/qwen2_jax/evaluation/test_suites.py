@@ -22,6 +22,7 @@ from qwen2_jax.evaluation.suites import (
     read_score,
     result_rows,
 )
+from qwen2_jax.evaluation.task_index import task_manager
 from qwen2_jax.long_context import LongContext
 from qwen2_jax.sizes import PUBLISHED, published
 
@@ -37,8 +38,7 @@ def index():
     """Every task of the harness; nothing is loaded but the YAML files."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of packages that the harness imports
-        from lm_eval.tasks import TaskManager
-    return TaskManager(include_path=str(TASKS_FOLDER)).task_index
+        return task_manager([str(TASKS_FOLDER)]).task_index
 
 
 def test_the_table_is_of_the_installed_harness():

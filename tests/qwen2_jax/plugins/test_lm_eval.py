@@ -15,7 +15,7 @@ from qwen2_jax.commands import evaluate_lm_eval
 from qwen2_jax.commands.harness import evaluate_tasks
 from qwen2_jax.evaluation import scoring
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
-from tests.oracles.harness import run_processes, write_tasks
+from tests.oracles.harness import run_processes
 from tests.oracles.huggingface import build
 from tests.oracles.tokenizers import write_byte_tokenizer
 
@@ -27,20 +27,6 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 VARIANTS = {"dense": "tied", "moe": "moe"}
-
-
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory):
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def data_sets_stay_here(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        import datasets
-
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
