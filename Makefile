@@ -20,8 +20,9 @@ test: lint types test-fast
 test-full: lint types $(VENV)/ready
 	@$(PYTEST)
 
+# The tests of a file share what they compile.
 test-fast: $(VENV)/ready
-	@$(PYTEST) -m "not slow" || $(NONE_SELECTED)
+	@$(PYTEST) --dist loadfile -m "not slow" || $(NONE_SELECTED)
 
 test-slow: $(VENV)/ready
 	@$(PYTEST) -m slow || $(NONE_SELECTED)

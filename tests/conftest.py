@@ -1,5 +1,6 @@
 """Every test runs on 8 simulated CPU devices, in JAX's strict modes, without a network."""
 
+import gc
 import importlib.util
 import os
 import re
@@ -62,11 +63,19 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in without]
 
 
+def pytest_collection_finish(session):
+    # Tracing makes many objects, and garbage collection went over all that is imported each time. From here on it
+    # leaves that out, and full ones come behind each module.
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 1000)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """A worker that keeps every program of every module grows by gigabytes."""
     yield
     jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
