@@ -69,8 +69,10 @@ def test_stacked_and_cast(kind, dtype, folder):
     assert_same(params, expected)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("stacked", "shared"),
+    [(False, True), (True, False), *(pytest.param(both, both, marks=pytest.mark.slow) for both in (False, True))],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded(kind, stacked, shared, folder, monkeypatch):
     """Also if chunks are dealt out to the devices and exchanged, as several processes do it."""

@@ -67,7 +67,14 @@ def random_pieces(seed, size):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("pieces", [[1] * LENGTH, [13, 13, 13, 13, 8], random_pieces(1, 5), random_pieces(2, 9)])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [1] * LENGTH,
+        random_pieces(1, 5),
+        *(pytest.param(pieces, marks=pytest.mark.slow) for pieces in ([13, 13, 13, 13, 8], random_pieces(2, 9))),
+    ],
+)
 def test_decode_equals_prefill(config, params, tokens, pieces, stacked):
     whole = apply(config, params, tokens).logits
     params = stack_layers(params, config) if stacked else params

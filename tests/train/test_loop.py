@@ -152,6 +152,7 @@ class SameRows(RandomRows):
         return row._replace(tokens=row.tokens * 0, targets=np.minimum(row.targets, 0))
 
 
+@pytest.mark.slow
 def test_another_phase_is_no_spike(train_run, tmp_path):
     """Its losses are measured against its own; so they are where a run goes on from its beginning."""
     whole, folder = tmp_path / "whole", tmp_path / "run"

@@ -47,14 +47,16 @@ def test_against_loop(implementation, documents, chunks):
 
 
 # s = 8 tokens to a chunk, C = 11: every border of a chunk, of the clamp and of the blocks of 4.
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 11, 12, 13, 16, 17, 25, 33])
+@pytest.mark.parametrize(
+    "length", [1, 8, 11, 12, 17, 33, *(pytest.param(length, marks=pytest.mark.slow) for length in (7, 9, 13, 16, 25))]
+)
 def test_gradient_at_every_border(length):
     case = make([[1] * length], heads=3, kv_heads=1, seed=length, dual_chunk=DualChunk(11, 3, 9))
     assert_paths_agree(case, "chunked")
     np.testing.assert_allclose(run(case, "chunked"), case.expected(), atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 12))])
 def test_gradient_of_random_shapes(monkeypatch, seed):
     random = np.random.default_rng(seed)
     monkeypatch.setattr(chunked, "BLOCK", int(random.choice([4, 8, 16])))

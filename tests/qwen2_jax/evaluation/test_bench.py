@@ -73,6 +73,7 @@ def test_checkpoint_beside_transformers(run, model, config):
     assert decode["ratio"] == pytest.approx(decode["tokens_per_second"] / decode["transformers_tokens_per_second"])
 
 
+@pytest.mark.slow
 def test_on_a_mesh(run, tiny):
     mesh = ["--mesh", "data=4,tensor=2", "--attention", "chunked", "--dtype", "float32"]
     code, out, err = run("bench", "--size", tiny, "--batches", 4, *LENGTHS, *mesh, "--json")
