@@ -3,7 +3,6 @@ the way: nothing is lost that was saved."""
 
 import collections
 import contextlib
-import ctypes
 import json
 import os
 import random
@@ -24,12 +23,13 @@ OPTIONS = f"""--seq 16 --batch 2 --steps {STEPS} --save-every {SAVE_EVERY} --log
 --remat none --max-skips 2""".split()
 
 
+HEED_PERMISSIONS = """
+import ctypes, os, sys
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # of Linux
-
-
-def heed_permissions() -> None:
-    """Lets root, too, be refused what a folder's mode does not allow, from the next program on."""
-    ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, 0, 0, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+"""Lets root, too, be refused what a folder's mode does not allow, from the next program on, which it becomes."""
 
 
 class Starter:
@@ -45,11 +45,10 @@ class Starter:
         }
         self._model = model
         self._process = subprocess.Popen(
-            [sys.executable, SCRIPT, cache],
+            [sys.executable, "-c", HEED_PERMISSIONS, SCRIPT, cache],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            preexec_fn=heed_permissions,
         )
         self._read_ahead = b""
 
