@@ -10,8 +10,9 @@ import jaxlib
 from lm_eval.api.instance import Instance
 from lm_eval.utils import get_rolling_token_windows
 
-from benchmarks.worker import peak_device_memory, serve
+from benchmarks.worker import serve
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
+from train.report.throughput import peak_memory
 
 
 class Harness:
@@ -21,7 +22,7 @@ class Harness:
         self.device = jax.devices()[0]
 
     def device_memory(self) -> int | None:
-        return peak_device_memory(self.device)
+        return peak_memory([self.device])
 
     def answer(self, task: str, **arguments: Any) -> dict[str, Any]:
         return self.prepare(**arguments) if task == "prepare" else self.run(**arguments)

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from benchmarks.worker import peak_device_memory, serve
+from benchmarks.worker import serve
 from convert import load_checkpoint
 from qwen2_jax import Generation, Qwen2, Qwen2Config
 from qwen2_jax.cache import empty_cache
+from train.report.throughput import peak_memory
 
 
 class JaxEngine:
@@ -50,7 +51,7 @@ class JaxEngine:
         return time.perf_counter() - begin, np.concatenate([first, rest], axis=1)
 
     def device_memory(self) -> int | None:
-        return peak_device_memory(self.device)
+        return peak_memory([self.device])
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -9,14 +9,14 @@ import jaxlib
 import numpy as np
 import optax
 
-from benchmarks.worker import peak_device_memory, serve
+from benchmarks.worker import serve
 from convert import load_checkpoint
 from sharding.mesh import make_mesh
 from sharding.run import run_options
 from train.objective import Step
 from train.optimizer import adamw
 from train.pretraining import Batch
-from train.report.throughput import work
+from train.report.throughput import peak_memory, work
 from train.step import make_train_step, new_state
 
 
@@ -27,7 +27,7 @@ class Training:
         self.device = jax.devices()[0]
 
     def device_memory(self) -> int | None:
-        return peak_device_memory(self.device)
+        return peak_memory([self.device])
 
     def answer(self, task: str, **arguments: Any) -> dict[str, Any]:
         return self.prepare(**arguments) if task == "prepare" else self.run()

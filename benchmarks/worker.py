@@ -25,12 +25,6 @@ _SETTLE = 0.25
 """Seconds before each answer: the thread pools of the framework that ran before spin for a while before they sleep."""
 
 
-def peak_device_memory(device: Any) -> int | None:
-    """Bytes of a JAX device's memory in use at most so far; None on CPU."""
-    statistics = device.memory_stats()
-    return statistics and statistics.get("peak_bytes_in_use")
-
-
 class Engine(Protocol):
     """One framework. Made in its own process, with its libraries imported and its device started."""
 

@@ -16,7 +16,7 @@ import tyro
 
 from qwen2_jax.commands.evaluation import aligned, versions
 from qwen2_jax.commands.harness import XlaFlags, set_flags
-from qwen2_jax.commands.session import Attention, Mesh, attention_option, split_over
+from qwen2_jax.commands.session import Attention, Mesh, attention_option, options_over, split_over
 from qwen2_jax.config import Qwen2Config
 
 if TYPE_CHECKING:  # only: flags are set before JAX starts
@@ -101,19 +101,14 @@ def run(options: Options) -> int:
     from qwen2_jax.evaluation import memory
 
     device = jax.devices()[0]
-    mesh, layer_options = None, None
+    mesh = None
     config, source = _config(options)
     _check_lengths(options, config)
     if options.mesh is not None:
-        from sharding import make_mesh, run_options
+        from sharding import make_mesh
 
         mesh = make_mesh(options.mesh)
-        layer_options = run_options(config, mesh, rules="serve", attention=options.attention)
-    else:
-        from qwen2_jax.layers import Options as LayerOptions
-
-        layer_options = LayerOptions(attention=options.attention)
-    split = split_over(mesh)
+    layer_options, split = options_over(config, mesh, options.attention), split_over(mesh)
     model = _model(options, config, source, mesh)
     free = memory.free_on_each([device] if mesh is None else list(mesh.local_devices))
     planned = _plan(options, model, layer_options, split, free, device.platform)

@@ -50,6 +50,17 @@ def split_over(mesh: "jax.sharding.Mesh | None") -> "Split":
     return Split(math.prod(mesh.shape[axis] for axis in ROW_AXES), mesh.shape["tensor"], by_blocks)
 
 
+def options_over(config: Qwen2Config, mesh: "jax.sharding.Mesh | None", attention: Attention | None) -> "Options":
+    """How a model is to be run on a mesh, or on one device. Raises ValueError for a mesh that it does not fit."""
+    from qwen2_jax.layers import Options
+
+    if mesh is None:
+        return Options(attention=attention)
+    from sharding import run_options
+
+    return run_options(config, mesh, rules="serve", attention=attention)
+
+
 @dataclasses.dataclass(frozen=True)
 class SessionOptions:
     model: Annotated[str, tyro.conf.arg(metavar="PATH")]
@@ -128,13 +139,7 @@ class Session:
     @functools.cached_property
     def layer_options(self) -> "Options":
         """How the model is to be run. Raises ValueError as `mesh`, and for one that the model does not fit."""
-        from qwen2_jax.layers import Options
-
-        if self.mesh is None:
-            return Options(attention=self.options.attention)
-        from sharding import run_options
-
-        return run_options(self.config, self.mesh, rules="serve", attention=self.options.attention)
+        return options_over(self.config, self.mesh, self.options.attention)
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:

@@ -32,7 +32,8 @@ class Stopwatch:
             return
         end = time.perf_counter()
         start = end - duration_secs
-        # A function that is traced while another one is being traced is heard first, and its time is in the other's.
+        # What is compiled while a function is being traced, a trial of a kernel say, is heard first, and its time is in
+        # the tracing's.
         while self._heard and self._heard[-1][0] >= start:
             within = self._heard.pop()
             self.seconds["compile"] -= within[1] - within[0]

@@ -35,6 +35,11 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
+def named(tasks: Path, *names: str) -> str:
+    """Tasks of `write_tasks`, as --tasks wants them."""
+    return ",".join(str(tasks / f"{name}.yaml") for name in names)
+
+
 def run_processes(arguments: list[object], count: int, devices: int, folder: Path) -> list[str]:
     """Runs `qwen2-jax evaluate` in so many processes of so many devices together, and gives what each printed."""
     with socket.socket() as probe:
@@ -42,7 +47,6 @@ def run_processes(arguments: list[object], count: int, devices: int, folder: Pat
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
-    environment["HF_DATASETS_CACHE"] = str(folder / "datasets")
     command = [sys.executable, "-m", "qwen2_jax", "evaluate", *map(str, arguments)]
     joined = ["--coordinator", address, "--processes", str(count), "--process"]
     runs = [

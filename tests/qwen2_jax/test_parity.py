@@ -1,5 +1,6 @@
 """Logits, load-balancing loss and greedy tokens equal those of transformers."""
 
+import contextlib
 import dataclasses
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from convert import load_checkpoint
 from qwen2_jax import Qwen2, Qwen2Config, generate
 from qwen2_jax.model import stack_layers
 from tests.oracles import huggingface
+from tests.xla import optimized
 
 pytestmark = pytest.mark.torch
 
@@ -45,9 +47,8 @@ def pair(request, tmp_path_factory):
     theirs = huggingface.build(request.param, tmp_path_factory.mktemp("hf"))
     config, params = load_checkpoint(theirs.folder)
     rng = np.random.default_rng(len(request.param))
-    jax.config.update("jax_disable_most_optimizations", request.param not in OPTIMIZED)
-    yield Pair(theirs, config, params, rng.integers(0, config.vocab_size, (ROWS, LENGTH), dtype=np.int32))
-    jax.config.update("jax_disable_most_optimizations", True)
+    with optimized() if request.param in OPTIMIZED else contextlib.nullcontext():
+        yield Pair(theirs, config, params, rng.integers(0, config.vocab_size, (ROWS, LENGTH), dtype=np.int32))
 
 
 def test_logits(pair):
@@ -110,6 +111,7 @@ def test_bfloat16_error_is_no_worse_than_torch(tmp_path, kind):
         reference.model.to(torch.float32)
         exact = reference.logits(tokens)
         theirs.append(np.square(rough - exact).mean() / np.square(exact).mean())
-        mine = np.asarray(_run(config, params, tokens).logits)
+        with optimized():
+            mine = np.asarray(_run(config, params, tokens).logits)
         ours.append(np.square(mine - exact).mean() / np.square(exact).mean())
     assert np.sqrt(np.mean(ours)) <= 1.25 * np.sqrt(np.mean(theirs))

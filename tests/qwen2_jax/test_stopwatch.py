@@ -4,22 +4,23 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from qwen2_jax.commands.stopwatch import Stopwatch
 
 
 def test_compilation_is_kept_apart_and_counted_once():
-    """The inner function is traced while the outer one is."""
-
-    @jax.jit
-    def inner(x):
-        time.sleep(0.4)
-        return x + 1
+    """A function that is traced has others compiled on the way."""
+    ones = [np.ones(size, np.float32) for size in range(3, 11)]
 
     @jax.jit
     def outer(x):
-        return inner(x) * 2
+        time.sleep(0.4)
+        with jax.ensure_compile_time_eval():
+            for one in ones:
+                jax.jit(jnp.sin)(one)
+        return x * 2
 
     stopwatch, start = Stopwatch(), time.perf_counter()
     with stopwatch.phase("work"):

@@ -28,9 +28,7 @@ MOE_MESHES = [spec for spec in ACTIVATIONS if "expert" in spec] + [
     "fsdp=2,context=2,tensor=2",
     "context=2,tensor=4",
 ]
-PAIRS = [(DENSE_MESHES, [name for name in MODELS if not MODELS[name].is_moe])]
-PAIRS += [(MOE_MESHES, [name for name in MODELS if MODELS[name].is_moe])]
-CASES = [(name, spec) for meshes, names in PAIRS for spec in meshes for name in names]
+MESHES = {name: MOE_MESHES if config.is_moe else DENSE_MESHES for name, config in MODELS.items()}
 LOADS = [("fsdp=8", False), ("fsdp=8", True), ("data=2,fsdp=4", True), ("fsdp=2,tensor=4", False), ("tensor=8", True)]
 
 
@@ -112,8 +110,8 @@ def main(coordinator: str, process: str, *folders: str) -> None:
             print("equal: loaded from", folder, spec, flush=True)
     continue_prompts(folders[0])
     print("equal: generation from a checkpoint", flush=True)
-    for name in MODELS:
-        for spec in [spec for model, spec in CASES if model == name]:
+    for name, meshes in MESHES.items():
+        for spec in meshes:
             compare(name, spec)
             print("equal:", name, spec, flush=True)
         jax.clear_caches()  # programs take memory

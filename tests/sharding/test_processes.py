@@ -16,7 +16,7 @@ from convert.conversion import convert_to_hf
 from qwen2_jax.model import unstack_layers
 from sharding.processes import join_processes
 from tests.sharding.models import MODELS, parameters
-from tests.sharding.run_two_processes import CASES, LOADS
+from tests.sharding.run_two_processes import LOADS, MESHES
 from tests.xla import QUICK_FLAGS
 
 HERE = Path(__file__).parent
@@ -60,7 +60,8 @@ def run_two(script, arguments, environment, timeout):
 @pytest.mark.slow
 def test_two_processes_equal_one_device(tmp_path):
     """Also in what they load: 12 meshes for dense and for MoE models, plain and dual-chunk."""
-    assert len(CASES) == 2 * 2 * 12
+    cases = [(name, spec) for name, meshes in MESHES.items() for spec in meshes]
+    assert len(cases) == 2 * 2 * 12
     config = MODELS["dense"]
     save_checkpoint(tmp_path / "ours", config, unstack_layers(parameters(config), config))
     convert_to_hf(tmp_path / "ours", tmp_path / "hf")
@@ -68,7 +69,7 @@ def test_two_processes_equal_one_device(tmp_path):
     ended = run_two("run_two_processes.py", lambda process: (address, str(process), *folders), lambda _: {}, 3600)
     for status, out, errors in ended:
         assert status == 0, errors[-3000:]
-        assert out.count("equal:") == 2 * len(LOADS) + 1 + len(CASES)
+        assert out.count("equal:") == 2 * len(LOADS) + 1 + len(cases)
 
 
 def slurm(job, process):

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from convert.digest import Digest
 from sharding import make_mesh
+from tests.xla import optimized
 from train.digest import digests, sums
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16, np.int32, np.uint32, np.uint8, np.bool_]
@@ -118,9 +119,6 @@ def test_random_keys_have_one():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_copy_of_the_array_is_made(dtype):
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
+    with optimized():
         memory = jax.jit(sums).lower(jax.ShapeDtypeStruct((4, 1024, 1024), dtype)).compile().memory_analysis()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
     assert memory.temp_size_in_bytes < 4096

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from tests.sharding.models import DENSE
+from tests.xla import optimized
 from train.guard import WINDOW, Guard, acceptable, init_guard, recorded
 from train.optimizer import adamw
 from train.step import loss_and_gradients, make_train_step, new_state
@@ -125,18 +126,14 @@ def test_no_second_copy_of_the_state():
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         return state._replace(params=optax.apply_updates(state.params, updates), optimizer=moments), loss
 
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        with jax.numpy_dtype_promotion("standard"):
-            ours, plain = (
-                step.lower(state, batch).compile().memory_analysis()
-                for step in (
-                    make_train_step(DENSE, optimizer, objective=Product()),
-                    jax.jit(unguarded, donate_argnums=0),
-                )
+    with optimized(), jax.numpy_dtype_promotion("standard"):
+        ours, plain = (
+            step.lower(state, batch).compile().memory_analysis()
+            for step in (
+                make_train_step(DENSE, optimizer, objective=Product()),
+                jax.jit(unguarded, donate_argnums=0),
             )
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+        )
     copy = 512 * 512 * 4
     assert ours.alias_size_in_bytes >= 3 * copy
     assert ours.temp_size_in_bytes < plain.temp_size_in_bytes + 0.1 * copy

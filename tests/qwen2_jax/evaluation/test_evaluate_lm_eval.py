@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
+from tests.oracles.harness import named
 
 ROOT = Path(__file__).parents[3]
-
-
-def named(tasks, *names):
-    return ",".join(str(tasks / f"{name}.yaml") for name in names)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ with warnings.catch_warnings():
     import datasets
     from lm_eval.api.model import LM
 
+pytestmark = pytest.mark.usefixtures("data_sets_stay_here")
+
 ADDITION = {
     "task_id": "HumanEval/0",
     "prompt": 'def add(a, b):\n    """The sum."""\n',
@@ -73,9 +75,6 @@ class Knowing(LM):
         self.prompts.append(request.args[0])
         self.cache_hook.add_partial(request.request_type, request.args, answer)
         return answer
-
-
-pytestmark = pytest.mark.usefixtures("data_sets_stay_here")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from qwen2_jax.commands import evaluate_lm_eval
 from qwen2_jax.commands.harness import evaluate_tasks
 from qwen2_jax.evaluation import scoring
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
-from tests.oracles.harness import run_processes
+from tests.oracles.harness import named, run_processes
 from tests.oracles.huggingface import build
 from tests.oracles.tokenizers import write_byte_tokenizer
 
@@ -51,12 +51,8 @@ def reference(request, tmp_path_factory):
     return folder, oracle
 
 
-def files(tasks, names):
-    return ",".join(str(tasks / f"{name}.yaml") for name in names)
-
-
 def run(model, tasks, names, **options):
-    return evaluate_tasks(model, files(tasks, names).split(","), **options)
+    return evaluate_tasks(model, named(tasks, *names).split(","), **options)
 
 
 def assert_same(ours, theirs):
@@ -156,7 +152,7 @@ def test_two_processes_equal_the_hugging_face_model(reference, tasks, tmp_path):
     folder, oracle = reference
     theirs = run(oracle, tasks, TASKS)
     common = ["--model", folder, "--dtype", "float32", "--mesh", mesh_for(oracle), "--json"]
-    arguments = [*common, "--out", tmp_path / "out", "--tasks", files(tasks, TASKS)]
+    arguments = [*common, "--out", tmp_path / "out", "--tasks", named(tasks, *TASKS)]
     options = parse(evaluate_lm_eval.Options, [str(word) for word in arguments], prog="")
     answers = evaluate_lm_eval._answers(options.out, options, folder)
     letters = [
@@ -182,7 +178,7 @@ def test_two_processes_equal_the_hugging_face_model(reference, tasks, tmp_path):
     assert_same_samples(written_samples(tmp_path / "out", theirs["samples"]), theirs["samples"])
 
     theirs = run(row_by_row(oracle), tasks, CHATS, chat=True)
-    how = ["--apply-chat-template", "--out", tmp_path / "chats", "--tasks", files(tasks, CHATS)]
+    how = ["--apply-chat-template", "--out", tmp_path / "chats", "--tasks", named(tasks, *CHATS)]
     run_processes(["lm-eval", *common, *how], 2, 4, tmp_path)
     assert_same_samples(written_samples(tmp_path / "chats", theirs["samples"]), theirs["samples"])
 
