@@ -64,6 +64,20 @@ def empty_cache(
     return Cache(layers, segment_ids=slots, positions=slots, length=jnp.zeros((), jnp.int32))
 
 
+def copy_rows(cache: Cache, of: jax.Array) -> Cache:
+    """A cache whose row i is row of[i] of another one; of is [B] int32."""
+
+    def copied(x: jax.Array, dim: int) -> jax.Array:
+        return jnp.take(x, of, axis=dim, mode="clip")
+
+    return cache.replace(  # type: ignore[attr-defined]
+        # Stacked layers have an axis in front of the rows.
+        layers=jax.tree.map(lambda x: copied(x, x.ndim - 4), cache.layers),
+        segment_ids=copied(cache.segment_ids, 0),
+        positions=copied(cache.positions, 0),
+    )
+
+
 def extend_cache(cache: Cache, size: int) -> Cache:
     """The same cache with empty slots added, up to `size` of them in all."""
 

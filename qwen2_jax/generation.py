@@ -6,7 +6,7 @@ every row has ended, with no round trip per token.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,10 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from qwen2_jax.cache import Cache, empty_cache, extend_cache
+from qwen2_jax.cache import Cache, copy_rows, empty_cache, extend_cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.layers import Options
-from qwen2_jax.model import Params, forward
+from qwen2_jax.model import Output, Params, forward
 from qwen2_jax.placement import Placement
 from qwen2_jax.sampling import Sampling, Steps, Values, next_token
 
@@ -46,6 +46,19 @@ class State:
     seen: jax.Array | None
     """[B, V] bool, ids in the prompt and the answer, if a repetition penalty asks for them."""
     key: jax.Array
+
+
+class Prefixes(NamedTuple):
+    """Beginnings that several prompts of a batch have in common, read once each."""
+
+    tokens: Any
+    """[P, W] integer ids, rows padded on the right."""
+    lengths: Any
+    """[P] real tokens of each row, which may be none."""
+    of: Any
+    """[B] which one each prompt begins with."""
+    chunk: int | None = None
+    """They are fed in pieces of so many tokens; in one piece by default."""
 
 
 def generate(
@@ -116,7 +129,7 @@ class Generation:
     Building one runs the prefill and chooses each row's first token; `advance` runs the decode loop. Arguments and
     errors are those of `generate`, with the sampling keywords in one object. `slots` is what prompts are padded to and
     `room` what answers have room for, in tokens, by default the next of a few sizes; many batches of the same sizes
-    share their programs.
+    share their programs. With `prefixes`, tokens and lengths are those of what follows each prompt's prefix.
     """
 
     def __init__(
@@ -134,10 +147,13 @@ class Generation:
         prefill_chunk: int | None = None,
         slots: int | None = None,
         room: int | None = None,
+        prefixes: Prefixes | None = None,
         options: Options = Options(),
         dtype: jax.typing.DTypeLike | None = None,
     ):
-        tokens, lengths, limits = checked_prompts(config, tokens, lengths, max_new_tokens)
+        prefixes = None if prefixes is None else _checked_prefixes(config, prefixes, len(tokens))
+        before = 0 if prefixes is None else prefixes.lengths[prefixes.of]
+        tokens, lengths, limits = checked_prompts(config, tokens, lengths, max_new_tokens, before)
         if prefill_chunk is not None and prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         longest, most = int(lengths.max()), int(limits.max())
@@ -167,10 +183,12 @@ class Generation:
         )
         self._state = _prefill(
             *(params, padded, lengths, limits, jax.random.key(seed), sampling.values, ends),
+            prefixes=None if prefixes is None else prefixes[:3],
             config=config,
             steps=sampling.steps,
             room=room,
             chunk=prefill_chunk,
+            prefix_chunk=None if prefixes is None else prefixes.chunk,
             options=options,
             dtype=dtype,
         )
@@ -261,10 +279,10 @@ def _choosing() -> tuple[jax.Array, Values, "_Ends"]:
 
 
 def checked_prompts(
-    config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int | Sequence[int]
+    config: Qwen2Config, tokens: Any, lengths: Any, max_new_tokens: int | Sequence[int], before: Any = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens [B, T], lengths [B] and most new tokens [B] as int32 arrays, if the model can continue them so; padding is
-    set to 0.
+    set to 0. `before` is how many tokens of each prompt are not among them.
 
     Raises:
       ValueError: as `generate` says.
@@ -291,15 +309,33 @@ def checked_prompts(
         raise ValueError(
             f"max_new_tokens must be at least 1, one number for all or for each of {rows} prompts, got {max_new_tokens}"
         )
-    limits = np.broadcast_to(limits, (rows,))
-    row = int(np.argmax(lengths + limits))
-    needed = int(lengths[row] + limits[row])
+    limits, whole = np.broadcast_to(limits, (rows,)), before + lengths
+    row = int(np.argmax(whole + limits))
+    needed = int(whole[row] + limits[row])
     if config.max_length is not None and needed > config.max_length:
         raise ValueError(
-            f"a prompt of {lengths[row]} tokens and {limits[row]} new ones need {needed} positions, the model has "
+            f"a prompt of {whole[row]} tokens and {limits[row]} new ones need {needed} positions, the model has "
             f"{config.max_length}; shorten them, or see `qwen2_jax.long_context` for longer inputs (--mode)"
         )
     return tokens.astype(np.int32), lengths.astype(np.int32), limits.astype(np.int32)
+
+
+def _checked_prefixes(config: Qwen2Config, prefixes: Prefixes, rows: int) -> Prefixes:
+    """As int32 arrays, padding set to 0 and their width a multiple of the pieces'."""
+    tokens, lengths, of = (np.asarray(x, np.int32) for x in prefixes[:3])
+    count, width = tokens.shape
+    assert lengths.shape == (count,) and of.shape == (rows,)
+    assert ((lengths >= 0) & (lengths <= width)).all() and ((of >= 0) & (of < count)).all()
+    if config.dual_chunk is not None and config.dual_chunk.temperature == "prompt":
+        raise ValueError(
+            "a temperature that follows the whole prompt's length makes the same beginning another one in each prompt; "
+            "read such prompts without prefixes"
+        )
+    tokens = np.where(np.arange(width)[None] < lengths[:, None], tokens, 0)
+    check_ids(config, tokens)
+    chunk = prefixes.chunk if prefixes.chunk is not None and prefixes.chunk < width else None
+    tokens = np.pad(tokens, ((0, 0), (0, -width % (chunk or 1))))
+    return Prefixes(tokens, lengths, of, chunk)
 
 
 def check_ids(config: Qwen2Config, tokens: np.ndarray) -> None:
@@ -320,7 +356,7 @@ class _Ends(NamedTuple):
     pad_id: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("config", "steps", "room", "chunk", "options", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "steps", "room", "chunk", "prefix_chunk", "options", "dtype"))
 def _prefill(
     params: Params,
     tokens: jax.Array,
@@ -329,49 +365,44 @@ def _prefill(
     key: jax.Array,
     values: Values,
     ends: _Ends,
+    prefixes: tuple[jax.Array, jax.Array, jax.Array] | None = None,
     *,
     config: Qwen2Config,
     steps: Steps,
     room: int,
     chunk: int | None,
+    prefix_chunk: int | None = None,
     options: Options,
     dtype: Any,
 ) -> State:
-    """Runs the prompts [B, T] into a cache with `room` for answers and chooses each row's first token."""
+    """Runs the prompts [B, T], or what follows their prefixes, into a cache with `room` for answers and chooses each
+    row's first token."""
     rows, width = tokens.shape
-    real = jnp.arange(width, dtype=jnp.int32)[None] < lengths[:, None]
-    # As wide as the prompts: a prefill attends to every slot, and the room behind them is empty.
-    cache = empty_cache(config, rows, width, dtype, "layers" in params, options.heads)
-    scores = jnp.zeros((rows, config.vocab_size))
+    run = functools.partial(forward, config, params, dtype=dtype, options=options)
 
-    def piece(carry, inputs):
-        cache, scores = carry
-        tokens, real = inputs
-        of = jnp.broadcast_to(lengths[:, None], tokens.shape)
-        segments = real.astype(jnp.int32)
-        out = forward(
-            *(config, params, tokens, dtype, options),
-            segment_ids=segments,
-            cache=cache,
-            logits="last",
-            lengths=of,
-            right_padded=chunk is None,
-        )
-        assert out.cache is not None and out.logits is not None
-        return (out.cache, jnp.where(real.any(axis=1, keepdims=True), out.logits[:, 0], scores)), None
+    def empty(rows: int, width: int) -> Cache:
+        # As wide as the prompts: a prefill attends to every slot, and the room behind them is empty.
+        return empty_cache(config, rows, width, dtype, "layers" in params, options.heads)
 
-    if chunk is None:
-        (cache, scores), _ = piece((cache, scores), (tokens, real))
+    whole = lengths
+    if prefixes is None:
+        cache = empty(rows, width)
     else:
-        pieces = [x.reshape(rows, -1, chunk).swapaxes(0, 1) for x in (tokens, real)]
-        (cache, scores), _ = lax.scan(piece, (cache, scores), tuple(pieces))
+        beginnings, beginning_lengths, of = map(jnp.asarray, prefixes)
+        whole = lengths + beginning_lengths[of]
+        begun = empty(*beginnings.shape)
+        begun, _ = _read(run, begun, beginnings, beginning_lengths, beginning_lengths, prefix_chunk, None)
+        cache = extend_cache(copy_rows(begun, of), begun.size + width)
+    begin = cache.size - width
+    cache, scores = _read(run, cache, tokens, lengths, whole, chunk, jnp.zeros((rows, config.vocab_size)))
     seen = None
     if steps.penalised:
-        seen = jnp.zeros((rows, config.vocab_size), jnp.int32)
-        seen = seen.at[jnp.arange(rows, dtype=jnp.int32)[:, None], tokens].max(real.astype(jnp.int32)) > 0
+        seen = _ids_in(tokens, lengths, config.vocab_size)
+        if prefixes is not None:
+            seen |= _ids_in(beginnings, beginning_lengths, config.vocab_size)[of]
     state = State(
         # The padding after the longest prompt is invisible: let the answer overwrite it.
-        cache=dataclasses.replace(extend_cache(cache, width + room), length=lengths.max()),
+        cache=dataclasses.replace(extend_cache(cache, cache.size + room), length=begin + lengths.max()),
         token=jnp.zeros(rows, jnp.int32),
         answer=jnp.broadcast_to(ends.pad_id, (rows, room)),
         count=jnp.zeros((), jnp.int32),
@@ -382,6 +413,59 @@ def _prefill(
         key=key,
     )
     return _choose(state, scores, steps, values, ends, options.placement)
+
+
+def _read(
+    run: Callable[..., Output],
+    cache: Cache,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    whole: jax.Array,
+    chunk: int | None,
+    scores: Any,
+) -> tuple[Cache, Any]:
+    """Reads tokens [B, T] of `lengths` [B] into the cache, in pieces of `chunk`.
+
+    `whole` [B] are the lengths with what the cache holds. Of `scores` [B, V], if they are not None, become the logits
+    behind each row's last token.
+    """
+    rows, width = tokens.shape
+    # Nothing before them, and their padding behind them.
+    right_padded = chunk is None and cache.size == width
+
+    def piece(carry, inputs):
+        cache, scores = carry
+        tokens, real = inputs
+        out = run(
+            tokens,
+            segment_ids=real.astype(jnp.int32),
+            cache=cache,
+            logits="none" if scores is None else "last",
+            lengths=jnp.broadcast_to(whole[:, None], tokens.shape),
+            right_padded=right_padded,
+        )
+        if scores is not None:
+            assert out.logits is not None
+            scores = jnp.where(real.any(axis=1, keepdims=True), out.logits[:, 0], scores)
+        return (out.cache, scores), None
+
+    real = real_tokens(tokens, lengths)
+    if chunk is None:
+        return piece((cache, scores), (tokens, real))[0]
+    pieces = [x.reshape(rows, -1, chunk).swapaxes(0, 1) for x in (tokens, real)]
+    return lax.scan(piece, (cache, scores), tuple(pieces))[0]
+
+
+def real_tokens(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """[B, T] bool: which of tokens [B, T] are none of the padding behind `lengths` [B]."""
+    return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
+
+
+def _ids_in(tokens: jax.Array, lengths: jax.Array, vocab_size: int) -> jax.Array:
+    """[B, V] bool: which ids each row holds."""
+    rows = jnp.arange(len(tokens), dtype=jnp.int32)[:, None]
+    real = real_tokens(tokens, lengths).astype(jnp.int32)
+    return jnp.zeros((len(tokens), vocab_size), jnp.int32).at[rows, tokens].max(real) > 0
 
 
 @functools.partial(jax.jit, static_argnames=("config", "steps", "options", "dtype"), donate_argnames=("state",))

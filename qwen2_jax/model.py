@@ -1,6 +1,7 @@
 """Qwen2: tokens in, logits out."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -277,7 +278,10 @@ def init_params(config: Qwen2Config, key: jax.Array, dtype: jax.typing.DTypeLike
 
 def abstract_params(config: Qwen2Config, dtype: jax.typing.DTypeLike = jnp.float32, stacked: bool = False) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s; costs no memory at any size."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0), dtype, stacked))
+    params = _of_boxes(config, lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype))
+    if stacked:
+        return params
+    return _unstack(params, config, lambda index, leaf: jax.ShapeDtypeStruct(leaf.shape[1:], dtype))
 
 
 def logical_axes(config: Qwen2Config, stacked: bool = False) -> Params:
@@ -285,8 +289,7 @@ def logical_axes(config: Qwen2Config, stacked: bool = False) -> Params:
 
     Names: vocab, embed, norm, heads, kv_heads, head_dim, mlp, expert, expert_mlp, router, and layers in stacked form.
     """
-    boxed = jax.eval_shape(functools.partial(_boxed_init, config), jax.random.key(0))
-    names = jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))
+    names = _of_boxes(config, lambda box: box.names)
     if stacked:
         return names
     return _unstack(names, config, lambda index, axes: axes[1:])
@@ -317,3 +320,14 @@ def _unstack(tree: Params, config: Qwen2Config, take) -> Params:
 def _boxed_init(config: Qwen2Config, key: jax.Array) -> Params:
     """Stacked parameters with their logical axes; traces one period of layers, whatever the depth."""
     return Qwen2(config, stacked=True).init(key, jnp.zeros((1, 1), jnp.int32), logits="all")["params"]
+
+
+@functools.cache
+def _abstract_boxed(config: Qwen2Config) -> Params:
+    """Shapes and logical axes. Every placement of parameters asks for both, and tracing them takes a while."""
+    return jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
+
+
+def _of_boxes(config: Qwen2Config, take: Callable[[Any], Any]) -> Params:
+    """A new tree with `take` of each stacked parameter's box, which has an abstract `value` and `names`."""
+    return jax.tree.map(take, _abstract_boxed(config), is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))

@@ -2,16 +2,16 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qwen2_jax.config import Qwen2Config
-from qwen2_jax.evaluation.memory import Room, room_for
-from qwen2_jax.evaluation.score_plan import Shape, merge_shapes
-from qwen2_jax.generation import Generation, bucket
+from qwen2_jax.evaluation.completion_plan import Batch, Shape, Sizes, plan_completions
+from qwen2_jax.evaluation.memory import Room, pass_tokens, room_for
+from qwen2_jax.generation import Generation, Prefixes
 from qwen2_jax.layers import Options
 from qwen2_jax.model import Params
 from qwen2_jax.sampling import Sampling
@@ -20,11 +20,19 @@ from qwen2_jax.tokenizer import StreamDecoder, Tokenizer
 SHAPES = 3
 """Most shapes of batches, unless told otherwise; each is two programs, for the prompt and for the answer."""
 
-_MOST_ROWS = 64
-"""More rows wait longer for the last of them than they gain."""
-
 _STEP = 16
 """Tokens between two looks for stop strings."""
+
+
+class Programs(NamedTuple):
+    """One for prompts and one for answers, of a shape of batches."""
+
+    shape: Shape
+    sizes: Sizes
+    prefix_chunk: int | None
+    """Prefixes are read in pieces of so many tokens, or whole."""
+    suffix_chunk: int | None
+    """Likewise what follows them."""
 
 
 class Prompt(NamedTuple):
@@ -39,14 +47,14 @@ class Answered:
     """What completing took."""
 
     tokens: int = 0
-    """Of prompts."""
+    """Of prompts, without padding; a shared beginning counts once in every batch."""
     slots: int = 0
     """Of prompts, padding included."""
     new_tokens: int = 0
     unstopped: int = 0
     """Answers that reached their number of tokens before any of their stop strings, or the end of text."""
-    shapes: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
-    """Of the pairs of programs that ran."""
+    programs: set[Programs] = dataclasses.field(default_factory=set)
+    """The pairs that ran."""
 
     @property
     def padding(self) -> float:
@@ -72,6 +80,7 @@ class Completer:
         max_rows: int | None = None,
         multiple: int = 1,
         shapes: int = SHAPES,
+        share: bool = True,
         room: Room | None = None,
     ):
         """
@@ -88,6 +97,7 @@ class Completer:
           max_rows: most rows of a batch; as many as memory has room for by default.
           multiple: what numbers of rows are rounded up to, the devices that batches are split over.
           shapes: most shapes of batches of one call of `texts`.
+          share: whether to read shared beginnings once.
           room: how many tokens a batch may have; found out from the memory that is free at first by default.
         """
         self.config, self.params, self.tokenizer, self.options = config, params, tokenizer, options
@@ -95,6 +105,8 @@ class Completer:
         self.dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
         self.max_rows, self.multiple, self.shapes = max_rows, multiple, shapes
         self.work = Answered()
+        # A temperature that follows the whole prompt's length makes the same beginning another one in each prompt.
+        self.share = share and not (config.dual_chunk and config.dual_chunk.temperature == "prompt")
         self._room = room
 
     def texts(self, prompts: Sequence[Prompt], shapes: int | None = None) -> Iterator[tuple[int, str]]:
@@ -109,35 +121,30 @@ class Completer:
             return
         if self._room is None:
             self._room = room_for(self.config, self.params, self.dtype, self.options, self.multiple)
-        room = self._room
-        shape_of = [Shape(bucket(len(prompt.tokens)), bucket(prompt.max_new_tokens)) for prompt in prompts]
-        counts = {shape: shape_of.count(shape) for shape in set(shape_of)}
-        merged = merge_shapes(counts, shapes or self.shapes)
-        batch = 0
-        for shape in sorted(set(merged.values()), key=sum, reverse=True):
-            members = [index for index, own in enumerate(shape_of) if merged[own] == shape]
-            # Those that may take longest together, so that few rows wait for others.
-            members.sort(key=lambda index: (-prompts[index].max_new_tokens, -len(prompts[index].tokens)))
-            rows = max(1, min(room.cached // sum(shape), self.max_rows or _MOST_ROWS * self.multiple, len(members)))
-            rows = -(-len(members) // -(-len(members) // rows))
-            rows = -(-rows // self.multiple) * self.multiple
-            for first in range(0, len(members), rows):
-                part = members[first : first + rows]
-                texts = self._answer([prompts[index] for index in part], shape, rows, room, self.seed + batch)
-                yield from zip(part, texts, strict=True)
-                batch += 1
+        plan = plan_completions(
+            [(prompt.tokens, prompt.max_new_tokens) for prompt in prompts],
+            cached=self._room.cached,
+            shapes=shapes or self.shapes,
+            step=pass_tokens(next(iter(jax.tree.leaves(self.params)[0].devices())).platform),
+            share=self.share,
+            max_rows=self.max_rows,
+            multiple=self.multiple,
+        )
+        for number, batch in enumerate(plan.batches):
+            texts = self._answer(prompts, batch, plan.sizes[batch.shape], self._room, self.seed + number)
+            yield from zip((row.prompt for row in batch.rows), texts, strict=True)
 
-    def _answer(self, prompts: Sequence[Prompt], shape: Shape, rows: int, room: Room, seed: int) -> list[str]:
-        slots, answer = shape
+    def _answer(self, prompts: Sequence[Prompt], batch: Batch, sizes: Sizes, room: Room, seed: int) -> list[str]:
+        shape, own = batch.shape, [prompts[row.prompt] for row in batch.rows]
         # Rows that are missing are prompts of one token, which end after another one.
-        tokens = np.zeros((rows, slots), np.int32)
-        lengths, limits = np.ones(rows, np.int32), np.ones(rows, np.int32)
-        for index, prompt in enumerate(prompts):
-            tokens[index, : len(prompt.tokens)] = prompt.tokens
-            lengths[index], limits[index] = len(prompt.tokens), prompt.max_new_tokens
-        # Pieces of one length: a last one that is mostly padding costs as much as the others.
-        pieces = -(-rows * slots // room.slots)
-        chunk = None if pieces == 1 else -(-slots // (16 * pieces)) * 16
+        tokens = np.zeros((sizes.rows, shape.suffix), np.int32)
+        lengths, limits = np.ones(sizes.rows, np.int32), np.ones(sizes.rows, np.int32)
+        for index, (prompt, row) in enumerate(zip(own, batch.rows, strict=True)):
+            suffix = prompt.tokens[row.shared :]
+            tokens[index, : len(suffix)] = suffix
+            lengths[index], limits[index] = len(suffix), prompt.max_new_tokens
+        chunk = _chunk(sizes.rows, shape.suffix, room)
+        prefixes = _prefixes(own, batch, sizes, room) if shape.prefix else None
         run = Generation(
             *(self.config, self.params, tokens, lengths),
             max_new_tokens=limits.tolist(),
@@ -146,18 +153,20 @@ class Completer:
             pad_id=self.pad_id,
             seed=seed % 2**31,
             prefill_chunk=chunk,
-            slots=slots,
-            room=answer,
+            slots=shape.suffix,
+            room=shape.answer,
+            prefixes=prefixes,
             options=self.options,
             dtype=self.dtype,
         )
-        self.work.tokens += sum(len(prompt.tokens) for prompt in prompts)
-        self.work.slots += rows * slots
-        self.work.shapes.add((rows, shape, chunk))
-        answers = [_Answer(self.tokenizer, prompt, self.eos_ids) for prompt in prompts]
-        ended = np.ones(rows, bool)
+        shared = {row.group: row.shared for row in batch.rows if row.shared}
+        self.work.tokens += int(lengths[: len(own)].sum()) + sum(shared.values())
+        self.work.slots += sizes.prefixes * shape.prefix + sizes.rows * shape.suffix
+        self.work.programs.add(Programs(shape, sizes, None if prefixes is None else prefixes.chunk, chunk))
+        answers = [_Answer(self.tokenizer, prompt, self.eos_ids) for prompt in own]
+        ended = np.ones(sizes.rows, bool)
         while not run.done:
-            ended[: len(prompts)] = [one.ended for one in answers]
+            ended[: len(own)] = [one.ended for one in answers]
             if ended.all():
                 break
             new = run.advance(_STEP, ended)
@@ -166,6 +175,24 @@ class Completer:
         self.work.new_tokens += sum(one.count for one in answers)
         self.work.unstopped += sum(not one.stopped for one in answers)
         return [one.text for one in answers]
+
+
+def _prefixes(prompts: Sequence[Prompt], batch: Batch, sizes: Sizes, room: Room) -> Prefixes:
+    tokens = np.zeros((sizes.prefixes, batch.shape.prefix), np.int32)
+    lengths, of = np.zeros(sizes.prefixes, np.int32), np.zeros(sizes.rows, np.int32)
+    of_group: dict[int, int] = {}
+    for index, (prompt, row) in enumerate(zip(prompts, batch.rows, strict=True)):
+        place = of_group.setdefault(row.group, len(of_group))
+        tokens[place, : row.shared] = prompt.tokens[: row.shared]
+        lengths[place], of[index] = row.shared, place
+    return Prefixes(tokens, lengths, of, _chunk(sizes.prefixes, batch.shape.prefix, room))
+
+
+def _chunk(rows: int, slots: int, room: Room) -> int | None:
+    """Tokens of each piece in which rows are read, or None for a single one."""
+    # Pieces of one length: a last one that is mostly padding costs as much as the others.
+    pieces = -(-rows * slots // room.slots)
+    return None if pieces <= 1 else -(-slots // (16 * pieces)) * 16
 
 
 class _Answer:

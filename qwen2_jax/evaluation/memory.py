@@ -16,6 +16,9 @@ from qwen2_jax.model import Params
 _MOST_SLOTS = {"cpu": 4096, "gpu": 32768, "tpu": 32768}
 """More tokens at once make no product faster, and padding only larger."""
 
+_PASS_TOKENS = {"cpu": 16, "gpu": 256, "tpu": 256}
+"""Operations that a device does while it reads one weight, halved: a weight and a token meet in two."""
+
 _SHARE = 0.6
 """Of the free memory: the rest is for logits, results, and what the compiler moves around."""
 
@@ -109,6 +112,11 @@ def batch_needs(
 def most_slots(platform: str) -> int:
     """Tokens of a batch that are computed at once at most, on one device."""
     return _MOST_SLOTS.get(platform, _MOST_SLOTS["gpu"])
+
+
+def pass_tokens(platform: str) -> int:
+    """Tokens whose computing takes as long as reading the weights, about: with fewer, more are nearly free."""
+    return _PASS_TOKENS.get(platform, _PASS_TOKENS["gpu"])
 
 
 def slot_bytes(

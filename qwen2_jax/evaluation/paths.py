@@ -7,6 +7,7 @@ import jax
 
 from qwen2_jax.attention import choose
 from qwen2_jax.config import Qwen2Config
+from qwen2_jax.evaluation.completion import Programs
 from qwen2_jax.evaluation.score_plan import Shape, Sizes
 from qwen2_jax.layers import Options
 
@@ -50,6 +51,19 @@ class Paths:
             return (self.prompts(sizes.rows, shape.suffix),)
         rows = self.behind(sizes.rows, shape.suffix, shape.prefix + shape.suffix)
         return self.prompts(sizes.prefixes, shape.prefix), rows
+
+    def completions(self, programs: Programs) -> tuple[str, ...]:
+        """Of a batch of `Completer`: of its prefixes, if it has any, its prompts and its answers."""
+        shape, sizes, prefix_chunk, chunk = programs
+        read = shape.prefix + shape.suffix
+        answers = self.decoding(sizes.rows, read + shape.answer)
+        if not shape.prefix:
+            return self._read(sizes.rows, shape.suffix, chunk), answers
+        behind = self.behind(sizes.rows, chunk or shape.suffix, read)
+        return self._read(sizes.prefixes, shape.prefix, prefix_chunk), behind, answers
+
+    def _read(self, rows: int, length: int, chunk: int | None) -> str:
+        return self.prompts(rows, length) if chunk is None else self.behind(rows, chunk, length)
 
     def _chosen(self, rows: int, queries: int, keys: int, whole_rows: bool) -> str:
         copies = self.options.heads.copies

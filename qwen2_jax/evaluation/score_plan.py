@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwen2_jax.evaluation.shapes import merge_shapes
+from qwen2_jax.evaluation.sharing import common_tokens, shared_prefixes, token_order
 from qwen2_jax.generation import bucket
 
 Tokens = Sequence[int]
-
-_LEAST_SHARED = 16
-"""Tokens that a shared prefix has at least: reading it is a pass of its own through all weights."""
 
 
 class Shape(NamedTuple):
@@ -128,33 +127,6 @@ def plan_scores(
     return ScorePlan(tuple(batches), sizes)
 
 
-def merge_shapes(rows: dict[Shape, int], limit: int) -> dict[Shape, Shape]:
-    """For each shape, with its number of rows, one of at most `limit` that holds it, chosen for little padding.
-
-    Shapes with a prefix and without stay apart, so with both kinds there are at least two.
-    """
-    merged = {shape: [shape] for shape in rows}
-    count = dict(rows)
-    while len(merged) > limit:
-        shapes = np.array(sorted(merged))
-        weights = np.array([count[Shape(*map(int, shape))] for shape in shapes])
-        both = np.maximum(shapes[:, None], shapes[None])
-        own = shapes.sum(-1) * weights
-        cost = both.sum(-1) * (weights[:, None] + weights[None]) - own[:, None] - own[None]
-        apart = (shapes[:, 0] == 0)[:, None] != (shapes[:, 0] == 0)[None]
-        cost = np.where(apart | np.eye(len(shapes), dtype=bool), np.iinfo(np.int64).max, cost)
-        i, j = np.unravel_index(np.argmin(cost), cost.shape)
-        if cost[i, j] == np.iinfo(np.int64).max:
-            break
-        first, second = (Shape(*map(int, shapes[index])) for index in (i, j))
-        members = merged.pop(first) + merged.pop(second)
-        total = count.pop(first) + count.pop(second)
-        larger = Shape(max(first.prefix, second.prefix), max(first.suffix, second.suffix))
-        merged[larger] = merged.get(larger, []) + members
-        count[larger] = count.get(larger, 0) + total
-    return {member: shape for shape, members in merged.items() for member in members}
-
-
 def _rounded(length: int) -> int:
     return bucket(length) if length else 0
 
@@ -191,97 +163,33 @@ class _Input(NamedTuple):
 
 
 def _in_groups(pairs: Sequence[tuple[Tokens, Tokens]], share: bool) -> list[Row]:
-    inputs, common = _distinct(pairs, share)
-    if not share:
-        common = [0] * len(inputs)
+    inputs = _distinct(pairs, share)
+    groups = [(0, range(index, index + 1)) for index in range(len(inputs))]
+    if share:
+        # The logits of what is asked for come from the suffix.
+        groups = shared_prefixes([(one.tokens, min(ask.position for ask in one.asks)) for one in inputs])
     return [
         Row(inputs[index].tokens, shared, group, inputs[index].asks)
-        for group, (shared, members) in enumerate(_share(inputs, common))
+        for group, (shared, members) in enumerate(groups)
         for index in members
     ]
 
 
-def _distinct(pairs: Sequence[tuple[Tokens, Tokens]], share: bool) -> tuple[list[_Input], list[int]]:
-    """The inputs in order, each once, and how many tokens each has in common with the one before. If beginnings are
-    shared, those that others begin with are left out, and these asked instead."""
+def _distinct(pairs: Sequence[tuple[Tokens, Tokens]], share: bool) -> list[_Input]:
+    """The inputs in order, each once. If beginnings are shared, those that others begin with are left out, and these
+    asked instead."""
     inputs = []
     for request, (context, continuation) in enumerate(pairs):
         tokens = np.asarray((*context, *continuation), np.int32)
         first = len(context) - 1
         asks = tuple(Ask(request, first + index, int(token)) for index, token in enumerate(continuation))
         inputs.append(_Input(tokens[:-1], asks))
-    # As bytes, most significant first, they sort as their numbers do.
-    inputs.sort(key=lambda one: one.tokens.astype(">u4").tobytes())
+    inputs.sort(key=lambda one: token_order(one.tokens))
     distinct: list[_Input] = []
-    common: list[int] = []
     for one in inputs:
-        shared = _common(distinct[-1].tokens, one.tokens) if distinct else 0
+        shared = common_tokens(distinct[-1].tokens, one.tokens) if distinct else 0
         if distinct and shared == len(distinct[-1].tokens) and (share or shared == len(one.tokens)):
             distinct[-1] = _Input(one.tokens, distinct[-1].asks + one.asks)
-            continue
-        distinct.append(one)
-        common.append(shared)
-    return distinct, common
-
-
-def _common(first: np.ndarray, second: np.ndarray) -> int:
-    length = min(len(first), len(second))
-    differ = first[:length] != second[:length]
-    return int(np.argmax(differ)) if differ.any() else length
-
-
-@dataclasses.dataclass
-class _Span:
-    """Inputs that follow each other and begin alike."""
-
-    length: int
-    """Of all inputs together."""
-    first_ask: int
-    """The earliest position that is asked for anything."""
-    cost: int
-    """Tokens to compute, shared as `groups` says."""
-    groups: list[tuple[int, range]]
-    """Prefix and members of each group."""
-
-
-def _share(inputs: Sequence[_Input], common: Sequence[int]) -> list[tuple[int, range]]:
-    """The groups that save most tokens, with one prefix each.
-
-    Inputs that begin alike form a tree, because they are sorted. From its leaves up, a span of inputs becomes one group
-    with everything that they have in common as its prefix, if that is less to compute than the groups inside of it.
-    """
-
-    def leaf(index: int) -> _Span:
-        length = len(inputs[index].tokens)
-        first = min(ask.position for ask in inputs[index].asks)
-        return _Span(length, first, length, [(0, range(index, index + 1))])
-
-    def closed(common: int, parts: list[_Span]) -> _Span:
-        start, stop = parts[0].groups[0][1].start, parts[-1].groups[-1][1].stop
-        length, first = sum(part.length for part in parts), min(part.first_ask for part in parts)
-        # The logits of what is asked for come from the suffix.
-        prefix = min(common, first)
-        together = length - prefix * (stop - start - 1)
-        apart = sum(part.cost for part in parts)
-        if prefix >= _LEAST_SHARED and together < apart:
-            return _Span(length, first, together, [(prefix, range(start, stop))])
-        groups = [group for part in parts for group in part.groups]
-        return _Span(length, first, apart, groups)
-
-    if not inputs:
-        return []
-    open_spans: list[tuple[int, list[_Span]]] = []
-    last = leaf(0)
-    for index in range(1, len(inputs) + 1):
-        here = common[index] if index < len(inputs) else -1
-        while open_spans and open_spans[-1][0] > here:
-            begun, parts = open_spans.pop()
-            last = closed(begun, [*parts, last])
-        if index == len(inputs):
-            break
-        if open_spans and open_spans[-1][0] == here:
-            open_spans[-1][1].append(last)
         else:
-            open_spans.append((here, [last]))
-        last = leaf(index)
-    return last.groups
+            distinct.append(one)
+    return distinct

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen2_jax.cache import empty_cache, extend_cache
+from qwen2_jax.cache import copy_rows, empty_cache, extend_cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.memory import Room, room_for
 from qwen2_jax.evaluation.score_plan import Batch, ScorePlan, Sizes, plan_scores
-from qwen2_jax.generation import check_ids
+from qwen2_jax.generation import check_ids, real_tokens
 from qwen2_jax.layers import Options
 from qwen2_jax.model import Params, forward, logits_of
 
@@ -285,7 +285,7 @@ def _log_probabilities(
 ) -> tuple[jax.Array, jax.Array]:
     """[A] float32 log-probabilities of what is asked for, and [A] bool: whether it was the most probable."""
     run: Callable[..., Any] = functools.partial(forward, config, params, dtype=dtype, options=options, logits="none")
-    suffix_real = _real(batch.suffix_lengths, batch.suffixes)
+    suffix_real = real_tokens(jnp.asarray(batch.suffixes), jnp.asarray(batch.suffix_lengths))
     if batch.prefixes.shape[1]:
         hidden = _after_prefixes(run, params, batch, suffix_real, config, options, dtype)
     else:
@@ -325,25 +325,9 @@ def _after_prefixes(
 ) -> jax.Array:
     """[R, C, D]: the suffixes' hidden states."""
     width = batch.prefixes.shape[1]
-    prefix_real = _real(batch.prefix_lengths, batch.prefixes)
+    prefix_real = real_tokens(jnp.asarray(batch.prefixes), jnp.asarray(batch.prefix_lengths))
     cache = empty_cache(config, len(batch.prefixes), width, dtype, "layers" in params, options.heads)
     segments = prefix_real.astype(jnp.int32)
     cache = run(batch.prefixes, segment_ids=segments, cache=cache, right_padded=True).cache
-
-    def copied(x: jax.Array, dim: int) -> jax.Array:
-        return jnp.take(x, batch.prefix_of, axis=dim, mode="clip")
-
-    cache = dataclasses.replace(
-        cache,
-        # Stacked layers have an axis in front of the rows.
-        layers=jax.tree.map(lambda x: copied(x, x.ndim - 4), cache.layers),
-        segment_ids=copied(cache.segment_ids, 0),
-        positions=copied(cache.positions, 0),
-    )
-    cache = extend_cache(cache, width + batch.suffixes.shape[1])
+    cache = extend_cache(copy_rows(cache, jnp.asarray(batch.prefix_of)), width + batch.suffixes.shape[1])
     return run(batch.suffixes, segment_ids=suffix_real.astype(jnp.int32), cache=cache).hidden
-
-
-def _real(lengths: Any, tokens: Any) -> jax.Array:
-    """[B, T] bool: which of tokens [B, T] are none of padding, by lengths [B]."""
-    return jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] < jnp.asarray(lengths)[:, None]

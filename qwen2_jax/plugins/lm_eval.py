@@ -379,7 +379,7 @@ class Qwen2JaxLM(TemplateLM):
         """How many programs of the model were needed so far."""
         # The same model may see more or less of its input.
         scores = {(scorer.config, shape) for scorer in self._scorers.values() for shape in scorer.work.shapes}
-        return len(scores) + 2 * sum(len(completer.work.shapes) for completer in self._completers.values())
+        return len(scores) + 2 * sum(len(completer.work.programs) for completer in self._completers.values())
 
     def attention(self) -> dict[str, str]:
         """Which path attention takes in each program so far: of prompts, and of what follows them."""
@@ -391,10 +391,11 @@ class Qwen2JaxLM(TemplateLM):
                 taken[program] = ", then ".join(Paths(scorer.config, *how).scores(shape, sizes))
         for completer in self._completers.values():
             paths = Paths(completer.config, *how)
-            for rows, (slots, answer), chunk in completer.work.shapes:
-                prompts = paths.prompts(rows, slots) if chunk is None else paths.behind(rows, chunk, slots)
-                decoding = paths.decoding(rows, slots + answer)
-                taken[f"answers, {rows} x {slots} and {answer} tokens"] = f"{prompts}, then {decoding}"
+            for programs in completer.work.programs:
+                (prefix, suffix, answer), sizes, *_ = programs
+                begun = f"{sizes.prefixes} x {prefix} and " if prefix else ""
+                program = f"answers, {begun}{sizes.rows} x {suffix} and {answer} tokens"
+                taken[program] = ", then ".join(paths.completions(programs))
         return taken
 
     def usage(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.xla import QUICK_ENVIRONMENT
+
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil green tea in silver pots".split()
 
 
@@ -46,7 +48,7 @@ def run_processes(arguments: list[object], count: int, devices: int, folder: Pat
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = {**os.environ, **QUICK_ENVIRONMENT, "PYTHONPATH": root, "JAX_NUM_CPU_DEVICES": str(devices)}
     command = [sys.executable, "-m", "qwen2_jax", "evaluate", *map(str, arguments)]
     joined = ["--coordinator", address, "--processes", str(count), "--process"]
     runs = [

@@ -1,5 +1,7 @@
 """Generation: buckets, streaming, endings, sampling, and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 
 from qwen2_jax import Generation, Qwen2, Qwen2Config, generate, stream
 from qwen2_jax import generation as module
+from qwen2_jax.dual_chunk import DualChunk
+from qwen2_jax.generation import Prefixes
 from qwen2_jax.model import init_params, stack_layers
 from qwen2_jax.sampling import Sampling, next_token
 from tests.qwen2_jax.shapes import SMALL
@@ -42,6 +46,37 @@ def test_equals_whole_passes(params, tokens):
         np.testing.assert_array_equal(answer[row], by_whole_passes(params, tokens[row, :length], 24))
     stacked = generate(CONFIG, stack_layers(params, CONFIG), tokens, lengths, max_new_tokens=24)
     np.testing.assert_array_equal(stacked, answer)
+
+
+@pytest.mark.parametrize("chunks", [(None, None), (8, 4)])
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_shared_beginnings(params, tokens, chunks, penalty):
+    """Read once, they give the tokens that whole prompts give: three that share two, and one that shares nothing."""
+    beginnings, lengths, of = tokens[:2, :11], [11, 6], [1, 0, 1, 2]
+    rest = np.random.default_rng(2).integers(0, CONFIG.vocab_size, (4, 7), dtype=np.int32)
+    own = [7, 1, 3, 5]
+    prompts = np.zeros((4, 18), np.int32)
+    whole = [lengths[begin] + length if begin < 2 else length for begin, length in zip(of, own, strict=True)]
+    for row, (begin, length) in enumerate(zip(of, own, strict=True)):
+        shared = beginnings[begin, : lengths[begin]] if begin < 2 else []
+        prompts[row, : whole[row]] = [*shared, *rest[row, :length]]
+    expected = generate(CONFIG, params, prompts, whole, max_new_tokens=24, repetition_penalty=penalty)
+    beginnings = np.concatenate([beginnings, np.full((1, 11), -7)])
+    prefixes = Prefixes(beginnings, [*lengths, 0], of, chunk=chunks[1])
+    how = dict(max_new_tokens=24, sampling=Sampling(repetition_penalty=penalty), prefill_chunk=chunks[0])
+    run = Generation(CONFIG, params, rest, own, prefixes=prefixes, **how)
+    np.testing.assert_array_equal(run.advance(), expected)
+
+
+def test_shared_beginnings_are_checked(params, tokens):
+    with pytest.raises(ValueError, match="a prompt of 240 tokens and 17 new ones need 257 positions"):
+        long = Prefixes(np.zeros((1, 235), np.int32), [235], [0])
+        Generation(CONFIG, params, tokens[:1, :5], prefixes=long, max_new_tokens=17)
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        Generation(CONFIG, params, tokens[:1], prefixes=Prefixes([[-1]], [1], [0]))
+    scaled = dataclasses.replace(CONFIG, dual_chunk=DualChunk(64, 16, temperature="prompt"))
+    with pytest.raises(ValueError, match="makes the same beginning another one in each prompt"):
+        Generation(scaled, params, tokens[:1], prefixes=Prefixes([[1]], [1], [0]))
 
 
 def test_padding_content_does_not_matter(params, tokens):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from qwen2_jax import generate
+from qwen2_jax import Generation, generate
 from qwen2_jax.cache import empty_cache
+from qwen2_jax.generation import Prefixes
 from qwen2_jax.model import forward, unstack_layers
 from sharding import cache_shardings, make_mesh, param_shardings, run_options
 from tests.sharding.models import MODELS, batch, parameters
@@ -35,6 +36,32 @@ def test_same_tokens(name, spec, chunk):
     options = run_options(config, mesh, rules="serve")
     together = generate(config, spread, prompts, LENGTHS, max_new_tokens=12, options=options, prefill_chunk=chunk)
     np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"),
+    [
+        ("dense, dual-chunk", "data=2,context=2,tensor=2"),
+        ("moe", "data=2,expert=4"),
+        pytest.param("dense", "fsdp=4,tensor=2", marks=pytest.mark.slow),
+        pytest.param("moe, dual-chunk", "data=2,expert=2,tensor=2", marks=pytest.mark.slow),
+    ],
+)
+def test_same_tokens_after_a_shared_beginning(name, spec):
+    config, mesh = MODELS[name], make_mesh(spec)
+    params = unstack_layers(parameters(config), config)
+    beginnings, rest = batch()[0][:2], batch(1)[0][: len(LENGTHS), :16]
+    shared, lengths, of = np.array([32, 13]), np.array([16, 7, 9, 1]), np.array([0, 1, 1, 0])
+    whole = shared[of] + lengths
+    prompts = np.zeros((len(LENGTHS), 48), np.int32)
+    for row in range(len(LENGTHS)):
+        prompts[row, : whole[row]] = [*beginnings[of[row], : shared[of[row]]], *rest[row, : lengths[row]]]
+    alone = generate(config, params, prompts, whole, max_new_tokens=12)
+    spread = jax.device_put(params, param_shardings(config, mesh))
+    options = run_options(config, mesh, rules="serve")
+    prefixes = Prefixes(beginnings, shared, of)
+    run = Generation(config, spread, rest, lengths, max_new_tokens=12, prefixes=prefixes, options=options)
+    np.testing.assert_array_equal(run.advance(), alone)
 
 
 def test_decoding_moves_no_cache():

@@ -17,7 +17,7 @@ from qwen2_jax.model import unstack_layers
 from sharding.processes import join_processes
 from tests.sharding.models import MODELS, parameters
 from tests.sharding.run_two_processes import LOADS, MESHES
-from tests.xla import QUICK_FLAGS
+from tests.xla import QUICK_ENVIRONMENT
 
 HERE = Path(__file__).parent
 
@@ -32,9 +32,8 @@ def run_two(script, arguments, environment, timeout):
     """(exit status, standard output, standard error) of two processes with four devices each, run side by side."""
     common = {
         **os.environ,
+        **QUICK_ENVIRONMENT,
         "JAX_NUM_CPU_DEVICES": "4",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": QUICK_FLAGS,
         "PYTHONPATH": str(HERE.parents[1]),
     }
     runs = [

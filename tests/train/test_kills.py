@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import curves, digests
+from tests.xla import QUICK_ENVIRONMENT
 
 SCRIPT = Path(__file__).parent / "run_killed.py"
 KILLS, STEPS, SAVE_EVERY = 50, 60, 5
@@ -38,8 +39,8 @@ class Starter:
     def __init__(self, model: Path, cache: Path):
         environment = {
             **os.environ,
+            **QUICK_ENVIRONMENT,
             "JAX_NUM_CPU_DEVICES": "1",  # with one, compiled programs may come from a cache
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",  # pages about machines that a program of the cache could have come from
             "PYTHONPATH": str(SCRIPT.parents[2]),
         }

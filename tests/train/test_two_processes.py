@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.train.runs import OPTIONS, curves, events
+from tests.xla import QUICK_ENVIRONMENT
 
 SCRIPT = Path(__file__).parent / "run_two_processes.py"
 
@@ -29,8 +30,8 @@ def start(folder, model, processes, *more, what="SIGTERM", at=0, whom=0):
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     environment = {
         **os.environ,
+        **QUICK_ENVIRONMENT,
         "JAX_NUM_CPU_DEVICES": str(8 // processes),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(SCRIPT.parents[2]),
     }
     flags = ["--out", folder, "--model", model, "--tokenizer", model, *OPTIONS, "--log-every", 1, *more]

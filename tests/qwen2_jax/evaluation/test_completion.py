@@ -1,10 +1,13 @@
 """Answers of the completer against `generate`, one prompt at a time, cut afterwards."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from qwen2_jax import generate
+from qwen2_jax.dual_chunk import DualChunk
 from qwen2_jax.evaluation import completion
 from qwen2_jax.evaluation.completion import Completer, Prompt, cut_at_stops
 from qwen2_jax.evaluation.memory import Room
@@ -88,13 +91,13 @@ def test_rows_have_limits_of_their_own(complete, reference, prompts):
 def test_batches_of_one_row(complete, reference, prompts):
     answers, work = complete([Prompt(tokens, NEW) for tokens in prompts], max_rows=1)
     assert answers == [reference(tokens) for tokens in prompts]
-    assert {rows for rows, *_ in work.shapes} == {1}
+    assert {sizes.rows for _, sizes, *_ in work.programs} == {1}
 
 
 def test_prompts_in_pieces(complete, reference, prompts):
     answers, work = complete([Prompt(tokens * 4, NEW) for tokens in prompts], room=Room(64, 4096))
     assert answers == [reference(tokens * 4) for tokens in prompts]
-    assert any(chunk for *_, chunk in work.shapes)
+    assert any(chunk for *_, chunk in work.programs)
 
 
 def test_repetition_penalty(complete, reference, prompts):
@@ -128,4 +131,23 @@ def test_rows_on_a_mesh(complete, config, params, prompts):
     wanted = [Prompt(tokens, NEW, ("a", "e")) for tokens in prompts]
     answers, work = complete(wanted, **on_mesh)
     assert answers == complete(wanted)[0]
-    assert {rows for rows, *_ in work.shapes} == {4}
+    assert {sizes.rows for _, sizes, *_ in work.programs} == {4}
+
+
+@pytest.mark.parametrize("room", [Room(4096, 4096), Room(64, 4096)])
+def test_what_prompts_begin_with_is_read_once(complete, prompts, room):
+    examples = prompts[2] * 2
+    wanted = [Prompt([*examples, index, *prompts[index % 2]], NEW, ("a",)) for index in range(6)]
+    answers, work = complete(wanted, room=room)
+    apart, all_of_it = complete(wanted, room=room, share=False)
+    assert answers == apart
+    assert all_of_it.tokens == sum(len(prompt.tokens) for prompt in wanted)
+    assert work.tokens == all_of_it.tokens - 5 * len(examples) and work.slots < all_of_it.slots
+    assert any(chunk for *_, chunk in work.programs) == (room.slots == 64)
+
+
+def test_a_temperature_of_whole_prompts_shares_nothing(config, params, bytes_tokenizer, eos_ids):
+    config = dataclasses.replace(config, dual_chunk=DualChunk(64, 16, temperature="prompt"))
+    completer = Completer(config, params, bytes_tokenizer, eos_ids=eos_ids, room=Room(4096, 4096))
+    texts = dict(completer.texts([Prompt([*range(40), last], 2) for last in range(6)]))
+    assert len(texts) == 6 and completer.work.tokens == 6 * 41

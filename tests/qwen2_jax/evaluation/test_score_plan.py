@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen2_jax.evaluation.score_plan import Shape, merge_shapes, plan_scores
+from qwen2_jax.evaluation.score_plan import plan_scores
 from qwen2_jax.generation import bucket
 
 ROOM = dict(slots=512, cached=4096, programs=4)
@@ -125,13 +125,6 @@ def test_few_shapes_cost_little_padding():
     in_shapes = sum(len(batch.rows) * batch.shape.suffix for batch in plan.batches)
     assert least_slots(lengths, 6) <= in_shapes <= 1.01 * least_slots(lengths, 6)
     assert plan.slots <= 1.03 * in_shapes  # every batch of a shape has as many rows as the largest
-
-
-def test_merging_takes_the_shapes_that_lie_next_to_each_other():
-    rows = {Shape(0, 16): 10, Shape(0, 32): 1, Shape(0, 512): 3, Shape(64, 16): 5}
-    merged = merge_shapes(rows, 3)
-    assert merged == {**{shape: shape for shape in rows}, Shape(0, 16): Shape(0, 32)}
-    assert set(merge_shapes(rows, 1).values()) == {Shape(0, 512), Shape(64, 16)}
 
 
 @pytest.mark.parametrize("pairs", [[([1], [2])], [([1, 2], [3]), ([1, 2], [3])], [([1], [2, 3]), ([1, 2], [3])]])
