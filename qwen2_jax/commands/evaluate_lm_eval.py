@@ -14,12 +14,12 @@ from qwen2_jax.commands.harness import (
     HarnessOptions,
     evaluate_tasks,
     find_tasks,
-    join,
     open_model,
     require_harness,
     set_flags,
     show_run,
 )
+from qwen2_jax.commands.processes import join
 
 NAME = "lm-eval"
 

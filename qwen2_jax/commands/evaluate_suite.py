@@ -22,13 +22,12 @@ from qwen2_jax.commands.evaluation import EvaluationOptions, aligned, fingerprin
 from qwen2_jax.commands.harness import (
     HarnessOptions,
     evaluate_tasks,
-    join,
-    of_first,
     open_model,
     require_harness,
     set_flags,
     show_run,
 )
+from qwen2_jax.commands.processes import join, of_first
 from qwen2_jax.evaluation.suites import (
     SIZES,
     SUITES,

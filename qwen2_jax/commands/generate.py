@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from qwen2_jax.command import parse
+from qwen2_jax.commands.processes import ProcessOptions, join, same_everywhere
 from qwen2_jax.commands.session import Session, SessionOptions
 from qwen2_jax.commands.stopwatch import Stopwatch
 
@@ -35,6 +36,7 @@ class Options:
     """Prompts that run at once."""
     json: bool = False
     """Print one JSON object: token ids, texts, seconds and tokens per second."""
+    together: Annotated[ProcessOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ProcessOptions)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,17 +49,28 @@ def main(argv: Sequence[str]) -> int:
         texts = [session.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
     prompts = [session.encode(text) for text in texts]
     session.check(prompts)
+    from sharding.processes import leave_processes
 
-    if options.json:
-        print(json.dumps(_report(session, texts, prompts, options.batch_size)))
-    elif len(prompts) == 1:
-        for piece in session.stream(prompts[0]):
+    first = join(options.together)
+    if not same_everywhere(prompts):
+        raise ValueError("the processes of this run have different prompts; give all of them the same --prompt-file")
+    for piece in _printed(options, session, texts, prompts):
+        if first:
             print(piece, end="", flush=True)
-        print()
+    leave_processes()
+    return 0
+
+
+def _printed(options: Options, session: Session, texts: list[str], prompts: list[list[int]]) -> Iterator[str]:
+    """What the command prints, in pieces, as it is made."""
+    if options.json:
+        yield json.dumps(_report(session, texts, prompts, options.batch_size)) + "\n"
+    elif len(prompts) == 1:
+        yield from session.stream(prompts[0])
+        yield "\n"
     else:
         for number, answer in enumerate(_answers(session, prompts, options.batch_size, Stopwatch()), start=1):
-            print(f"--- {number} of {len(prompts)}\n{answer.text}", flush=True)
-    return 0
+            yield f"--- {number} of {len(prompts)}\n{answer.text}\n"
 
 
 def _prompts(options: Options) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from qwen2_jax import xla_flags
+from qwen2_jax.commands.processes import ProcessOptions
 from qwen2_jax.commands.session import Attention, Mesh, attention_option
 from qwen2_jax.evaluation.suites import few
 from qwen2_jax.evaluation.task_index import task_manager
@@ -25,21 +26,8 @@ if TYPE_CHECKING:  # only: the options and their help must not wait for JAX
     from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
 
 XlaFlags = Literal["recommended", "none"]
-Number = tyro.conf.arg(metavar="N", help_behavior_hint="")
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class ProcessOptions:
-    """For runs of several processes on clusters that JAX does not know by itself."""
-
-    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT", help_behavior_hint="")] = None
-    """A free port of the first process."""
-    processes: Annotated[int | None, Number] = None
-    """How many there are."""
-    process: Annotated[int | None, Number] = None
-    """Which one this is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,34 +78,6 @@ def require_harness() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError('lm-evaluation-harness is not installed; pip install "qwen2-jax[eval]"')
-
-
-def join(options: ProcessOptions) -> bool:
-    """Joins the other processes of this run, if there are any; must come before anything that asks JAX for devices.
-
-    Returns:
-      Whether this is the first process, which alone writes.
-
-    Raises:
-      ValueError: for options that do not belong together.
-    """
-    import jax
-
-    from sharding.processes import join_processes
-
-    join_processes(**dataclasses.asdict(options))
-    return jax.process_index() == 0
-
-
-def of_first(choices: Sequence[bool]) -> list[bool]:
-    """What the first process says, in all of them: they must compute the same, and may not see the same files."""
-    import jax
-    import numpy as np
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return list(choices)
-    return [bool(choice) for choice in multihost_utils.broadcast_one_to_all(np.asarray(choices, np.int32))]
 
 
 def open_model(options: HarnessOptions) -> "Qwen2JaxLM":

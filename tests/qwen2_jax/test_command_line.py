@@ -23,6 +23,7 @@ from qwen2_jax.commands.chat import Chat
 from qwen2_jax.commands.session import Session, SessionOptions
 from qwen2_jax.tokenizer import Tokenizer
 from tests.oracles.published import INSTRUCT
+from tests.processes import run_processes
 
 CONFIG = Qwen2Config(
     vocab_size=151936,
@@ -64,8 +65,10 @@ def type_in(monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
+def run(capsys, monkeypatch):
     """Runs the command in this process: exit status, standard output, standard error."""
+    # It is too late to join others, since JAX is running here.
+    monkeypatch.setattr("qwen2_jax.commands.generate.join", lambda options: True)
 
     def run(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -178,6 +181,22 @@ def test_generate_marks_several_answers(run, model):
     code, out, _ = run("generate", "--model", model, "--prompt", "a", "--prompt", "b", "--max-new-tokens", 3)
     assert code == 0
     assert out.startswith("--- 1 of 2\n") and "\n--- 2 of 2\n" in out
+
+
+@pytest.mark.slow
+def test_generate_in_two_processes(run, model, tmp_path):
+    """On a mesh over both of them only the first one prints, and what one process prints."""
+    flags = ["generate", "--model", model, "--max-new-tokens", 6, "--mesh", "data=2,tensor=4", "--json"]
+    wanted = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    first, second = run_processes([*flags, *wanted], 2, 4, tmp_path)
+    assert second == ""
+    assert json.loads(first)["prompts"] == json.loads(run(*flags, *wanted)[1])["prompts"]
+
+
+def test_processes_must_have_the_same_prompts(run, model, monkeypatch):
+    flags = ["generate", "--model", model, "--prompt", "a"]
+    monkeypatch.setattr("qwen2_jax.commands.generate.same_everywhere", lambda prompts: False)
+    fails(run(*flags), "the processes of this run have different prompts")
 
 
 def test_generate_stops_at_any_stop_id(run, model):

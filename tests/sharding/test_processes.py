@@ -15,17 +15,12 @@ from convert import save_checkpoint
 from convert.conversion import convert_to_hf
 from qwen2_jax.model import unstack_layers
 from sharding.processes import join_processes
+from tests.processes import free_address
 from tests.sharding.models import MODELS, parameters
 from tests.sharding.run_two_processes import LOADS, MESHES
 from tests.xla import QUICK_ENVIRONMENT
 
 HERE = Path(__file__).parent
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_two(script, arguments, environment, timeout):
@@ -64,7 +59,7 @@ def test_two_processes_equal_one_device(tmp_path):
     config = MODELS["dense"]
     save_checkpoint(tmp_path / "ours", config, unstack_layers(parameters(config), config))
     convert_to_hf(tmp_path / "ours", tmp_path / "hf")
-    address, folders = f"127.0.0.1:{free_port()}", (tmp_path / "ours", tmp_path / "hf")
+    address, folders = free_address(), (tmp_path / "ours", tmp_path / "hf")
     ended = run_two("run_two_processes.py", lambda process: (address, str(process), *folders), lambda _: {}, 3600)
     for status, out, errors in ended:
         assert status == 0, errors[-3000:]

@@ -6,7 +6,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 
 from sharding import make_mesh
+from tests.processes import free_address
 from tests.sharding.models import DENSE
 from train import checkpoints as module
 from train.checkpoints import Checkpoints, kept
@@ -657,7 +657,7 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
@@ -705,10 +705,7 @@ run.close()
 
 
 def test_two_processes_save_and_one_resumes(open_run, model, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-c", TWO, str(port)]
+    command = [sys.executable, "-c", TWO, free_address()]
     rest = [tmp_path / "run/checkpoints", model]
     processes = [subprocess.Popen([*command, str(i), *rest], stderr=subprocess.PIPE, text=True) for i in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in processes]

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.processes import free_address
 from tests.train.runs import OPTIONS, curves, events
 from tests.xla import QUICK_ENVIRONMENT
 
@@ -25,9 +25,7 @@ def start(folder, model, processes, *more, what="SIGTERM", at=0, whom=0):
       more: flags.
       what: befalls the process `whom` at the step `at`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     environment = {
         **os.environ,
         **QUICK_ENVIRONMENT,

@@ -15,9 +15,10 @@ from qwen2_jax.commands import evaluate_lm_eval
 from qwen2_jax.commands.harness import evaluate_tasks
 from qwen2_jax.evaluation import scoring
 from qwen2_jax.plugins.lm_eval import Qwen2JaxLM
-from tests.oracles.harness import named, run_processes
+from tests.oracles.harness import named
 from tests.oracles.huggingface import build
 from tests.oracles.tokenizers import write_byte_tokenizer
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.torch
 
@@ -168,7 +169,7 @@ def test_two_processes_equal_the_hugging_face_model(reference, tasks, tmp_path):
         with SqliteDict(str(answers / f"requests_rank{process}.db"), autocommit=True) as written:
             for request, answer in known.items():
                 written[hash_args("loglikelihood", request)] = answer
-    outs = run_processes(["lm-eval", *arguments], 2, 4, tmp_path)
+    outs = run_processes(["evaluate", "lm-eval", *arguments], 2, 4, tmp_path)
     assert not outs[1]
     usage = json.loads(outs[0])["usage"]
     scored = sum(
@@ -179,7 +180,7 @@ def test_two_processes_equal_the_hugging_face_model(reference, tasks, tmp_path):
 
     theirs = run(row_by_row(oracle), tasks, CHATS, chat=True)
     how = ["--apply-chat-template", "--out", tmp_path / "chats", "--tasks", named(tasks, *CHATS)]
-    run_processes(["lm-eval", *common, *how], 2, 4, tmp_path)
+    run_processes(["evaluate", "lm-eval", *common, *how], 2, 4, tmp_path)
     assert_same_samples(written_samples(tmp_path / "chats", theirs["samples"]), theirs["samples"])
 
 
