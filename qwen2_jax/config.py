@@ -123,6 +123,12 @@ class Qwen2Config:
         return max(self.max_position_embeddings, self.yarn.max_length if self.yarn else 0)
 
     @property
+    def reads_by_prompt_length(self) -> bool:
+        """Whether the same beginning is another one in each prompt, as where a temperature follows the whole length."""
+        chunks = self.dual_chunk
+        return chunks is not None and chunks.original_max_position_embeddings > 0 and chunks.temperature == "prompt"
+
+    @property
     def model_type(self) -> str:
         return "qwen2_moe" if self.is_moe else "qwen2"
 

@@ -321,21 +321,31 @@ def checked_prompts(
 
 
 def _checked_prefixes(config: Qwen2Config, prefixes: Prefixes, rows: int) -> Prefixes:
-    """As int32 arrays, padding set to 0 and their width a multiple of the pieces'."""
-    tokens, lengths, of = (np.asarray(x, np.int32) for x in prefixes[:3])
+    """As int32 arrays, padding set to 0 and their width a multiple of the pieces'.
+
+    Raises:
+      ValueError: for shapes and numbers that do not fit.
+    """
+    tokens, lengths, of = arrays = [np.asarray(x) for x in prefixes[:3]]
+    fits = tokens.ndim == 2 and lengths.shape == tokens.shape[:1] and of.shape == (rows,)
+    if not fits or not all(np.issubdtype(x.dtype, np.integer) for x in arrays):
+        got = ", ".join(f"{x.dtype} of shape {x.shape}" for x in arrays)
+        raise ValueError(f"prefixes must be integers of shapes [P, W], [P] and [{rows}], got {got}")
     count, width = tokens.shape
-    assert lengths.shape == (count,) and of.shape == (rows,)
-    assert ((lengths >= 0) & (lengths <= width)).all() and ((of >= 0) & (of < count)).all()
-    if config.dual_chunk is not None and config.dual_chunk.temperature == "prompt":
+    if ((lengths < 0) | (lengths > width)).any() or ((of < 0) | (of >= count)).any():
+        raise ValueError(f"prefixes have 0 to {width} tokens and numbers from 0 to {count - 1}, got {lengths} and {of}")
+    if config.reads_by_prompt_length:
         raise ValueError(
             "a temperature that follows the whole prompt's length makes the same beginning another one in each prompt; "
             "read such prompts without prefixes"
         )
+    if prefixes.chunk is not None and prefixes.chunk < 1:
+        raise ValueError(f"the chunk of prefixes must be at least 1, got {prefixes.chunk}")
     tokens = np.where(np.arange(width)[None] < lengths[:, None], tokens, 0)
     check_ids(config, tokens)
     chunk = prefixes.chunk if prefixes.chunk is not None and prefixes.chunk < width else None
     tokens = np.pad(tokens, ((0, 0), (0, -width % (chunk or 1))))
-    return Prefixes(tokens, lengths, of, chunk)
+    return Prefixes(tokens.astype(np.int32), lengths.astype(np.int32), of.astype(np.int32), chunk)
 
 
 def check_ids(config: Qwen2Config, tokens: np.ndarray) -> None:
@@ -395,6 +405,7 @@ def _prefill(
         cache = extend_cache(copy_rows(begun, of), begun.size + width)
     begin = cache.size - width
     cache, scores = _read(run, cache, tokens, lengths, whole, chunk, jnp.zeros((rows, config.vocab_size)))
+    assert scores is not None
     seen = None
     if steps.penalised:
         seen = _ids_in(tokens, lengths, config.vocab_size)
@@ -422,8 +433,8 @@ def _read(
     lengths: jax.Array,
     whole: jax.Array,
     chunk: int | None,
-    scores: Any,
-) -> tuple[Cache, Any]:
+    scores: jax.Array | None,
+) -> tuple[Cache, jax.Array | None]:
     """Reads tokens [B, T] of `lengths` [B] into the cache, in pieces of `chunk`.
 
     `whole` [B] are the lengths with what the cache holds. Of `scores` [B, V], if they are not None, become the logits

@@ -11,6 +11,7 @@ import numpy as np
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.completion_plan import Batch, Shape, Sizes, plan_completions
 from qwen2_jax.evaluation.memory import Room, pass_tokens, room_for
+from qwen2_jax.evaluation.shapes import up_to_multiple
 from qwen2_jax.generation import Generation, Prefixes
 from qwen2_jax.layers import Options
 from qwen2_jax.model import Params
@@ -105,8 +106,7 @@ class Completer:
         self.dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
         self.max_rows, self.multiple, self.shapes = max_rows, multiple, shapes
         self.work = Answered()
-        # A temperature that follows the whole prompt's length makes the same beginning another one in each prompt.
-        self.share = share and not (config.dual_chunk and config.dual_chunk.temperature == "prompt")
+        self.share = share and not config.reads_by_prompt_length
         self._room = room
 
     def texts(self, prompts: Sequence[Prompt], shapes: int | None = None) -> Iterator[tuple[int, str]]:
@@ -125,7 +125,7 @@ class Completer:
             [(prompt.tokens, prompt.max_new_tokens) for prompt in prompts],
             cached=self._room.cached,
             shapes=shapes or self.shapes,
-            step=pass_tokens(next(iter(jax.tree.leaves(self.params)[0].devices())).platform),
+            step=pass_tokens(self.params) * self.multiple,
             share=self.share,
             max_rows=self.max_rows,
             multiple=self.multiple,
@@ -136,15 +136,15 @@ class Completer:
 
     def _answer(self, prompts: Sequence[Prompt], batch: Batch, sizes: Sizes, room: Room, seed: int) -> list[str]:
         shape, own = batch.shape, [prompts[row.prompt] for row in batch.rows]
-        # Rows that are missing are prompts of one token, which end after another one.
+        # Rows that are missing have one token (behind some prefix, if there are any), and end after another one.
         tokens = np.zeros((sizes.rows, shape.suffix), np.int32)
         lengths, limits = np.ones(sizes.rows, np.int32), np.ones(sizes.rows, np.int32)
         for index, (prompt, row) in enumerate(zip(own, batch.rows, strict=True)):
             suffix = prompt.tokens[row.shared :]
             tokens[index, : len(suffix)] = suffix
             lengths[index], limits[index] = len(suffix), prompt.max_new_tokens
-        chunk = _chunk(sizes.rows, shape.suffix, room)
-        prefixes = _prefixes(own, batch, sizes, room) if shape.prefix else None
+        prefix_chunk, chunk = _chunk(sizes.prefixes, shape.prefix, room), _chunk(sizes.rows, shape.suffix, room)
+        prefixes = _prefixes(own, batch, sizes, prefix_chunk) if shape.prefix else None
         run = Generation(
             *(self.config, self.params, tokens, lengths),
             max_new_tokens=limits.tolist(),
@@ -161,8 +161,9 @@ class Completer:
         )
         shared = {row.group: row.shared for row in batch.rows if row.shared}
         self.work.tokens += int(lengths[: len(own)].sum()) + sum(shared.values())
-        self.work.slots += sizes.prefixes * shape.prefix + sizes.rows * shape.suffix
-        self.work.programs.add(Programs(shape, sizes, None if prefixes is None else prefixes.chunk, chunk))
+        self.work.slots += sizes.prefixes * up_to_multiple(shape.prefix, prefix_chunk or 1)
+        self.work.slots += sizes.rows * up_to_multiple(shape.suffix, chunk or 1)
+        self.work.programs.add(Programs(shape, sizes, prefix_chunk, chunk))
         answers = [_Answer(self.tokenizer, prompt, self.eos_ids) for prompt in own]
         ended = np.ones(sizes.rows, bool)
         while not run.done:
@@ -177,7 +178,7 @@ class Completer:
         return [one.text for one in answers]
 
 
-def _prefixes(prompts: Sequence[Prompt], batch: Batch, sizes: Sizes, room: Room) -> Prefixes:
+def _prefixes(prompts: Sequence[Prompt], batch: Batch, sizes: Sizes, chunk: int | None) -> Prefixes:
     tokens = np.zeros((sizes.prefixes, batch.shape.prefix), np.int32)
     lengths, of = np.zeros(sizes.prefixes, np.int32), np.zeros(sizes.rows, np.int32)
     of_group: dict[int, int] = {}
@@ -185,14 +186,15 @@ def _prefixes(prompts: Sequence[Prompt], batch: Batch, sizes: Sizes, room: Room)
         place = of_group.setdefault(row.group, len(of_group))
         tokens[place, : row.shared] = prompt.tokens[: row.shared]
         lengths[place], of[index] = row.shared, place
-    return Prefixes(tokens, lengths, of, _chunk(sizes.prefixes, batch.shape.prefix, room))
+    return Prefixes(tokens, lengths, of, chunk)
 
 
 def _chunk(rows: int, slots: int, room: Room) -> int | None:
     """Tokens of each piece in which rows are read, or None for a single one."""
     # Pieces of one length: a last one that is mostly padding costs as much as the others.
-    pieces = -(-rows * slots // room.slots)
-    return None if pieces <= 1 else -(-slots // (16 * pieces)) * 16
+    pieces = max(1, -(-rows * slots // room.slots))
+    chunk = -(-slots // (16 * pieces)) * 16
+    return None if chunk >= slots else chunk
 
 
 class _Answer:

@@ -5,30 +5,31 @@ saves enough; what follows is each prompt's own.
 """
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from qwen2_jax.evaluation.shapes import merge_shapes
-from qwen2_jax.evaluation.sharing import shared_prefixes, token_order
-from qwen2_jax.generation import bucket
+from qwen2_jax.evaluation.shapes import merge_shapes, slots_for, up_to_multiple
+from qwen2_jax.evaluation.sharing import in_batches, shared_prefixes, token_order
 
 _MOST_ROWS = 64
 """More rows wait longer for the last of them than they gain."""
 
 _WORTH_SHARING = 0.2
-"""Of all tokens of prompts: behind a prefix, attention takes paths that are slower than those of whole prompts."""
+"""Of what reading all prompts whole costs: behind a prefix, attention takes paths that are slower than theirs."""
 
 
 class Shape(NamedTuple):
-    """Slots of a row of a batch."""
+    """Of a batch, in slots of a row."""
 
     prefix: int
     """0 for rows that share nothing."""
     suffix: int
     answer: int
+    prefixes: int
+    """Most prefixes of a batch."""
 
 
 class Row(NamedTuple):
@@ -93,9 +94,10 @@ def plan_completions(
       prompts: token ids, at least one, and the most tokens of the answer.
       cached: tokens whose keys and values a batch may hold, unless a single row has more.
       shapes: most shapes.
-      step: tokens that take as long to read as all weights, as every token of an answer does once more.
+      step: tokens of a batch that take as long to compute as all weights take to read, as every token of an answer
+        makes a batch do once more.
       share: whether beginnings may be read once for several prompts.
-      max_rows: most rows of a batch.
+      max_rows: most rows of a batch, at least `multiple`.
       multiple: numbers of rows and prefixes are multiples of this, devices that a batch is split over.
     """
     most = max_rows or _MOST_ROWS * multiple
@@ -129,35 +131,46 @@ def _in_batches(
     max_rows: int,
     multiple: int,
 ) -> CompletionPlan:
+    members = Counter(row.group for row in rows)
+
+    def shape_of(row: Row) -> Shape:
+        tokens, most = prompts[row.prompt]
+        suffix, answer = slots_for(len(tokens) - row.shared), slots_for(most)
+        if not row.shared:
+            return Shape(0, suffix, answer, 0)
+        # As many as a batch of such groups has, and one that goes on in the next. In powers of 2, lest shapes differ by
+        # little else.
+        prefixes = min(max_rows, -(-max_rows // members[row.group]) + 1)
+        return Shape(slots_for(row.shared), suffix, answer, 1 << (prefixes - 1).bit_length())
+
     def room(shapes: np.ndarray) -> np.ndarray:
         """Rows of a batch, each with its prefix once more."""
-        return np.clip(cached // (shapes.sum(-1) + shapes[..., 0]), 1, max_rows)
+        most = np.minimum(cached // (shapes[..., :3].sum(-1) + shapes[..., 0]), max_rows)
+        return np.maximum(multiple, most // multiple * multiple)
 
     def cost(shapes: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """As `CompletionPlan.cost`, with one prefix in each batch."""
-        batches = -(-counts // room(shapes))
-        return batches * (shapes[..., 0] + step * shapes[..., 2]) + counts * shapes[..., 1:].sum(-1)
+        """As `CompletionPlan.cost`, about."""
+        prefix, suffix, answer, prefixes = np.moveaxis(shapes, -1, 0)
+        most = room(shapes)
+        each = np.minimum(prefixes, most) * prefix + step * answer
+        return -(-counts // most) * each + counts * (suffix + answer)
 
     rounded: dict[Shape, list[Row]] = defaultdict(list)
     for row in rows:
-        tokens, most = prompts[row.prompt]
-        prefix = bucket(row.shared) if row.shared else 0
-        rounded[Shape(prefix, bucket(len(tokens) - row.shared), bucket(most))].append(row)
-    merged = merge_shapes({shape: len(members) for shape, members in rounded.items()}, limit, cost)
+        rounded[shape_of(row)].append(row)
+    merged = merge_shapes({shape: len(own) for shape, own in rounded.items()}, limit, cost)
     batches: list[Batch] = []
     sizes: dict[Shape, Sizes] = {}
     # The largest first: what runs out of memory does so at once.
-    for shape in sorted(set(merged.values()), key=sum, reverse=True):
-        members = [row for own, found in rounded.items() if merged[own] == shape for row in found]
+    for shape in sorted(set(merged.values()), key=lambda shape: sum(shape[:3]), reverse=True):
+        of_shape = [row for own, found in rounded.items() if merged[own] == shape for row in found]
         # Those that may take longest together, so that few rows wait for others.
-        members.sort(key=lambda row: (-prompts[row.prompt][1], row.group, -len(prompts[row.prompt][0])))
-        count = -(-len(members) // int(room(np.array(shape))))
-        size = _up(-(-len(members) // count), multiple)
-        of_shape = [Batch(shape, tuple(members[first : first + size])) for first in range(0, len(members), size)]
-        sizes[shape] = Sizes(_up(max(batch.prefixes for batch in of_shape), multiple), size)
-        batches += of_shape
+        of_shape.sort(key=lambda row: (-prompts[row.prompt][1], row.group, -len(prompts[row.prompt][0])))
+        parts = in_batches(of_shape, int(room(np.array(shape))), max(1, shape.prefixes))
+        cut = [Batch(shape, tuple(part)) for part in parts]
+        sizes[shape] = Sizes(
+            prefixes=up_to_multiple(max(batch.prefixes for batch in cut), multiple),
+            rows=up_to_multiple(max(len(batch.rows) for batch in cut), multiple),
+        )
+        batches += cut
     return CompletionPlan(tuple(batches), sizes)
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

@@ -53,10 +53,10 @@ def room_for(
       devices: that share a batch, row by row.
       free: bytes per device; what is free on the devices of the parameters by default.
     """
-    own = jax.tree.leaves(params)[0].sharding.addressable_devices
+    own = _devices(params)
     free = _least(free_on_each(own)) if free is None else free
     activation, cache = slot_bytes(config, dtype, options)
-    most = most_slots(next(iter(own)).platform)
+    most = most_slots(own[0].platform)
     # Half for each; a batch without prefixes has no cache at all, and leaves that half to the compiler.
     slots = min(most, int(_SHARE / 2 * free / activation))
     cached = int(_SHARE / 2 * free / cache)
@@ -114,9 +114,9 @@ def most_slots(platform: str) -> int:
     return _MOST_SLOTS.get(platform, _MOST_SLOTS["gpu"])
 
 
-def pass_tokens(platform: str) -> int:
-    """Tokens whose computing takes as long as reading the weights, about: with fewer, more are nearly free."""
-    return _PASS_TOKENS.get(platform, _PASS_TOKENS["gpu"])
+def pass_tokens(params: Params) -> int:
+    """Tokens whose computing takes a device as long as reading its weights, about: with fewer, more are nearly free."""
+    return _PASS_TOKENS.get(_devices(params)[0].platform, _PASS_TOKENS["gpu"])
 
 
 def slot_bytes(
@@ -141,6 +141,11 @@ def free_on_each(devices: Collection[Any]) -> int:
     """Bytes that are free on each of these devices of this process; simulated ones share the machine's memory."""
     share = len(devices) if all(device.platform == "cpu" for device in devices) else 1
     return min(map(free_bytes, devices)) // share
+
+
+def _devices(params: Params) -> list[Any]:
+    """Of this process, with parts of the parameters."""
+    return list(jax.tree.leaves(params)[0].sharding.addressable_devices)
 
 
 def _least(count: int) -> int:

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen2_jax.evaluation.shapes import merge_shapes
-from qwen2_jax.evaluation.sharing import common_tokens, shared_prefixes, token_order
+from qwen2_jax.evaluation.shapes import merge_shapes, slots_for, up_to_multiple
+from qwen2_jax.evaluation.sharing import common_tokens, in_batches, shared_prefixes, token_order
 from qwen2_jax.generation import bucket
 
 Tokens = Sequence[int]
@@ -101,14 +101,18 @@ def plan_scores(
       cached: tokens whose keys and values a batch may hold, likewise; each row holds its own copy of its prefix.
       programs: most shapes.
       share: whether beginnings may be read once for several requests.
-      max_rows: most rows of a batch.
+      max_rows: most rows of a batch, at least `multiple`.
       multiple: numbers of rows and prefixes are multiples of this, devices that a batch is split over.
     """
     groups = _in_groups(pairs, share)
     rounded: dict[Shape, list[Row]] = defaultdict(list)
     for row in groups:
-        rounded[Shape(_rounded(row.shared), _rounded(len(row.tokens) - row.shared))].append(row)
-    merged = merge_shapes({shape: len(rows) for shape, rows in rounded.items()}, programs)
+        rounded[Shape(slots_for(row.shared), slots_for(len(row.tokens) - row.shared))].append(row)
+    merged = merge_shapes(
+        {shape: len(rows) for shape, rows in rounded.items()},
+        programs,
+        lambda shapes, counts: shapes.sum(-1) * counts,
+    )
     by_shape: dict[Shape, list[Row]] = defaultdict(list)
     for shape, rows in rounded.items():
         by_shape[merged[shape]] += rows
@@ -117,42 +121,27 @@ def plan_scores(
     # The largest first: what runs out of memory does so at once.
     for shape in sorted(by_shape, key=sum, reverse=True):
         rows = sorted(by_shape[shape], key=lambda row: row.group)
-        of_shape = [Batch(shape, tuple(part)) for part in _cut(rows, shape, slots, cached, max_rows)]
+        of_shape = [Batch(shape, tuple(part)) for part in _cut(rows, shape, slots, cached, max_rows, multiple)]
         sizes[shape] = Sizes(
-            prefixes=_up(max(len({row.group for row in batch.rows}) for batch in of_shape), multiple),
-            rows=_up(max(len(batch.rows) for batch in of_shape), multiple),
+            prefixes=up_to_multiple(max(len({row.group for row in batch.rows}) for batch in of_shape), multiple),
+            rows=up_to_multiple(max(len(batch.rows) for batch in of_shape), multiple),
             asks=bucket(max(sum(len(row.asks) for row in batch.rows) for batch in of_shape)),
         )
         batches += of_shape
     return ScorePlan(tuple(batches), sizes)
 
 
-def _rounded(length: int) -> int:
-    return bucket(length) if length else 0
-
-
-def _up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
-
-
-def _cut(rows: list[Row], shape: Shape, slots: int, cached: int, max_rows: int | None) -> list[list[Row]]:
-    """Batches of rows of one shape, about equally large, rows of a group together."""
-    groups = {row.group for row in rows}
-    each = shape.suffix + shape.prefix * len(groups) / len(rows)  # a row with its part of a prefix
+def _cut(
+    rows: list[Row], shape: Shape, slots: int, cached: int, max_rows: int | None, multiple: int
+) -> list[list[Row]]:
+    """Batches of rows of one shape."""
+    groups = len({row.group for row in rows})
+    each = shape.suffix + shape.prefix * groups / len(rows)  # a row with its part of a prefix
     held = each + shape.prefix if shape.prefix else 0
-    most = max(1, min(int(slots / each), int(cached / held) if held else len(rows), max_rows or len(rows), len(rows)))
-    size = -(-len(rows) // -(-len(rows) // most))
+    most = min(int(slots / each), int(cached / held) if held else len(rows), max_rows or len(rows), len(rows))
+    most = max(multiple, most // multiple * multiple)
     # Where few rows share a prefix and elsewhere many, the prefixes must not outgrow the batch.
-    most_prefixes = math.ceil(1.25 * size * len(groups) / len(rows))
-    parts: list[list[Row]] = [[]]
-    seen: set[int] = set()
-    for row in rows:
-        if parts[-1] and (len(parts[-1]) == size or (row.group not in seen and len(seen) == most_prefixes)):
-            parts.append([])
-            seen = set()
-        parts[-1].append(row)
-        seen.add(row.group)
-    return parts
+    return in_batches(rows, most, math.ceil(1.25 * min(most, len(rows)) * groups / len(rows)))
 
 
 class _Input(NamedTuple):

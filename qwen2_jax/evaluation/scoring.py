@@ -132,8 +132,7 @@ class Scorer:
         self.dtype = jnp.dtype(dtype or params["embed"]["embedding"].dtype)
         self.max_length = config.max_length if max_length is None else max_length
         self.max_rows, self.multiple, self.programs = max_rows, multiple, programs
-        # A temperature that follows the whole prompt's length makes the same beginning another one in each prompt.
-        self.share = share and not (config.dual_chunk and config.dual_chunk.temperature == "prompt")
+        self.share = share and not config.reads_by_prompt_length
         self.work = Work()
         self._room = room
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -77,3 +78,28 @@ def shared_prefixes(inputs: Sequence[tuple[np.ndarray, int]]) -> list[tuple[int,
             open_spans.append((here, [last]))
         last = leaf(index)
     return last.groups
+
+
+class Grouped(Protocol):
+    """A row of a batch."""
+
+    @property
+    def group(self) -> int:
+        """Rows of one group have the same prefix."""
+
+
+R = TypeVar("R", bound=Grouped)
+
+
+def in_batches(rows: Sequence[R], most: int, most_prefixes: int) -> list[list[R]]:
+    """Batches of at most so many rows and prefixes, about equally large. Rows of a group should stand together."""
+    size = -(-len(rows) // -(-len(rows) // most))
+    parts: list[list[R]] = [[]]
+    seen: set[int] = set()
+    for row in rows:
+        if parts[-1] and (len(parts[-1]) == size or (row.group not in seen and len(seen) == most_prefixes)):
+            parts.append([])
+            seen = set()
+        parts[-1].append(row)
+        seen.add(row.group)
+    return parts

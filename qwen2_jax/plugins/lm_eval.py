@@ -392,7 +392,7 @@ class Qwen2JaxLM(TemplateLM):
         for completer in self._completers.values():
             paths = Paths(completer.config, *how)
             for programs in completer.work.programs:
-                (prefix, suffix, answer), sizes, *_ = programs
+                (prefix, suffix, answer, _), sizes, *_ = programs
                 begun = f"{sizes.prefixes} x {prefix} and " if prefix else ""
                 program = f"answers, {begun}{sizes.rows} x {suffix} and {answer} tokens"
                 taken[program] = ", then ".join(paths.completions(programs))

@@ -66,15 +66,25 @@ def test_shared_beginnings(params, tokens, chunks, penalty):
     how = dict(max_new_tokens=24, sampling=Sampling(repetition_penalty=penalty), prefill_chunk=chunks[0])
     run = Generation(CONFIG, params, rest, own, prefixes=prefixes, **how)
     np.testing.assert_array_equal(run.advance(), expected)
+    stacked = Generation(CONFIG, stack_layers(params, CONFIG), rest, own, prefixes=prefixes, **how)
+    np.testing.assert_array_equal(stacked.advance(), expected)
 
 
 def test_shared_beginnings_are_checked(params, tokens):
     with pytest.raises(ValueError, match="a prompt of 240 tokens and 17 new ones need 257 positions"):
         long = Prefixes(np.zeros((1, 235), np.int32), [235], [0])
         Generation(CONFIG, params, tokens[:1, :5], prefixes=long, max_new_tokens=17)
-    with pytest.raises(ValueError, match="outside the vocabulary"):
-        Generation(CONFIG, params, tokens[:1], prefixes=Prefixes([[-1]], [1], [0]))
-    scaled = dataclasses.replace(CONFIG, dual_chunk=DualChunk(64, 16, temperature="prompt"))
+    for prefixes, message in (
+        (Prefixes([[-1]], [1], [0]), "outside the vocabulary"),
+        (Prefixes([[1]], [1], [0, 0]), r"integers of shapes \[P, W\], \[P\] and \[1\], got int64 of shape \(1, 1\)"),
+        (Prefixes([[1.5]], [1], [0]), "got float64"),
+        (Prefixes([[1]], [2], [0]), r"have 0 to 1 tokens and numbers from 0 to 0, got \[2\]"),
+        (Prefixes([[1]], [1], [1]), r"and \[1\]"),
+        (Prefixes([[1]], [1], [0], chunk=0), "must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Generation(CONFIG, params, tokens[:1], prefixes=prefixes)
+    scaled = dataclasses.replace(CONFIG, dual_chunk=DualChunk(64, 16, 32, temperature="prompt"))
     with pytest.raises(ValueError, match="makes the same beginning another one in each prompt"):
         Generation(scaled, params, tokens[:1], prefixes=Prefixes([[1]], [1], [0]))
 

@@ -146,8 +146,24 @@ def test_what_prompts_begin_with_is_read_once(complete, prompts, room):
     assert any(chunk for *_, chunk in work.programs) == (room.slots == 64)
 
 
+def test_several_beginnings_in_a_batch_on_a_mesh(complete, config, params, prompts):
+    mesh = make_mesh("data=4,tensor=2")
+    on_mesh = {
+        "params": jax.device_put(params, param_shardings(config, mesh)),
+        "options": run_options(config, mesh, rules="serve"),
+        "multiple": 4,
+    }
+    beginnings = [prompts[2] * 2, prompts[0] * 3]
+    wanted = [Prompt([*beginnings[index % 2], 1 + index, *prompts[1]], NEW, ("a",)) for index in range(7)]
+    answers, work = complete(wanted, **on_mesh)
+    assert answers == complete(wanted, share=False)[0] == complete(wanted)[0]
+    (programs,) = work.programs
+    assert programs.sizes == (4, 8)  # two beginnings, seven rows
+    assert work.tokens == sum(map(len, beginnings)) + 7 * (1 + len(prompts[1]))
+
+
 def test_a_temperature_of_whole_prompts_shares_nothing(config, params, bytes_tokenizer, eos_ids):
-    config = dataclasses.replace(config, dual_chunk=DualChunk(64, 16, temperature="prompt"))
+    config = dataclasses.replace(config, dual_chunk=DualChunk(64, 16, 32, temperature="prompt"))
     completer = Completer(config, params, bytes_tokenizer, eos_ids=eos_ids, room=Room(4096, 4096))
     texts = dict(completer.texts([Prompt([*range(40), last], 2) for last in range(6)]))
     assert len(texts) == 6 and completer.work.tokens == 6 * 41
