@@ -156,6 +156,7 @@ def workplace(tmp_path_factory):
 @pytest.fixture
 def at_work(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr("qwen2_jax.commands.generate.join", lambda options: True)  # too late: JAX is running here
 
 
 def test_commands_run(at_work, monkeypatch, capsys):
