@@ -12,7 +12,7 @@ JOBS = {
     "generate": ("qwen2_jax.commands.generate", "continue prompts"),
     "chat": ("qwen2_jax.commands.chat", "talk to an Instruct model in the terminal"),
     "convert": ("convert.cli", "bring checkpoints from and to Hugging Face, and compare them"),
-    "evaluate": ("qwen2_jax.commands.evaluate", "find facts in long prompts; measure loss by position"),
+    "evaluate": ("qwen2_jax.commands.evaluate", "score benchmarks; perplexity, facts in long prompts, speed"),
     "train": ("train.cli", "train on text, from one CPU to a pod; tokenize text; draw the curves of runs"),
     "plan": ("sharding.cli", "what a run takes on TPUs or GPUs that need not be there, and how fast it can be"),
 }

@@ -107,7 +107,10 @@ def _unboxed(text: str) -> str:
             complaints.append(section)
         elif section.startswith("Perhaps you meant"):
             meant = dict.fromkeys(re.findall(r"^--[\w-]+", section, re.MULTILINE))
-            complaints.append(f"perhaps you meant {' or '.join(meant)}")
+            # Another job may have the very option that this one refuses.
+            others = [option for option in meant if not re.search(rf"{option}(?![\w-])", complaints[-1])]
+            if others:
+                complaints.append(f"perhaps you meant {' or '.join(others)}")
     return "; ".join(complaints)
 
 

@@ -43,7 +43,7 @@ def find_files(sources: Sequence[str], kind: str | None = None) -> list[DataFile
 
     A folder yields the files whose names tell their kind (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .feather,
     .array_record, .txt, .md), and no hidden ones; a data set that Hugging Face's `datasets` saved is such a folder. A
-    file that a source names itself, or by a glob, is plain text if its name does not tell.
+    file that a source names itself, or by a glob, is plain text if its name does not tell; of .json that is refused.
 
     Args:
       kind: of all files, whatever their names; a folder then yields all that are not hidden.
@@ -95,8 +95,8 @@ def _in_folder(folder: Path, kind: str | None) -> Iterator[Path]:
     if not found:
         what = f"only {others} files of unknown kinds" if others else "no files"
         raise ValueError(
-            f"{shown(folder)} holds {what}; known are {', '.join(_KIND_OF)}. Say what they are, or name them by a glob "
-            "such as 'folder/**/*.py'"
+            f"{shown(folder)} holds {what}; known are {', '.join(_KIND_OF)}. `train tokenize --kind` says "
+            "what they are; a glob, such as 'folder/**/*.py', names plain text"
         )
 
 
@@ -124,6 +124,11 @@ def _data_file(path: Path, kind: str | None) -> DataFile:
     except OSError as error:
         raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
     by_name, compression = _kind_of(path)
+    if (kind or by_name) is None and ".json" in (suffix.lower() for suffix in path.suffixes[-2:]):
+        raise ValueError(
+            f"{shown(path)} would be read as plain text, braces and keys included; if each of its lines is a record, "
+            "name it .jsonl, and if text is what you mean, `train tokenize --kind text` reads it so"
+        )
     return DataFile(os.path.abspath(path), kind or by_name or "text", compression, status.st_size, status.st_mtime_ns)
 
 

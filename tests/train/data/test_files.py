@@ -72,6 +72,12 @@ def test_what_cannot_be_a_source(folder, tmp_path_factory):
     (empty / "x.bin").touch()
     with pytest.raises(ValueError, match="only 1 files of unknown kinds"):
         find_files([str(empty)])
+    for name in ("x.json", "x.JSON.gz"):
+        (empty / name).touch()
+        with pytest.raises(ValueError, match="would be read as plain text, braces and keys included"):
+            find_files([str(empty / "x.*")])
+        assert find_files([str(empty / name)], "text")[0].kind == "text"
+        (empty / name).unlink()
     (empty / "dataset_dict.json").touch()
     (empty / "train").mkdir()
     with pytest.raises(ValueError, match=r"several splits \(train\)"):
