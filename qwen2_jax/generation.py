@@ -57,8 +57,6 @@ class Prefixes(NamedTuple):
     """[P] real tokens of each row, which may be none."""
     of: Any
     """[B] which one each prompt begins with."""
-    chunk: int | None = None
-    """They are fed in pieces of so many tokens; in one piece by default."""
 
 
 def generate(
@@ -129,7 +127,8 @@ class Generation:
     Building one runs the prefill and chooses each row's first token; `advance` runs the decode loop. Arguments and
     errors are those of `generate`, with the sampling keywords in one object. `slots` is what prompts are padded to and
     `room` what answers have room for, in tokens, by default the next of a few sizes; many batches of the same sizes
-    share their programs. With `prefixes`, tokens and lengths are those of what follows each prompt's prefix.
+    share their programs. With `prefixes`, fed in pieces of `prefix_chunk` tokens, tokens and lengths are those of what
+    follows each prompt's prefix.
     """
 
     def __init__(
@@ -148,10 +147,12 @@ class Generation:
         slots: int | None = None,
         room: int | None = None,
         prefixes: Prefixes | None = None,
+        prefix_chunk: int | None = None,
         options: Options = Options(),
         dtype: jax.typing.DTypeLike | None = None,
     ):
-        prefixes = None if prefixes is None else _checked_prefixes(config, prefixes, len(tokens))
+        if prefixes is not None:
+            prefixes, prefix_chunk = _checked_prefixes(config, prefixes, prefix_chunk, len(tokens))
         before = 0 if prefixes is None else prefixes.lengths[prefixes.of]
         tokens, lengths, limits = checked_prompts(config, tokens, lengths, max_new_tokens, before)
         if prefill_chunk is not None and prefill_chunk < 1:
@@ -183,12 +184,12 @@ class Generation:
         )
         self._state = _prefill(
             *(params, padded, lengths, limits, jax.random.key(seed), sampling.values, ends),
-            prefixes=None if prefixes is None else prefixes[:3],
+            prefixes=prefixes,
             config=config,
             steps=sampling.steps,
             room=room,
             chunk=prefill_chunk,
-            prefix_chunk=None if prefixes is None else prefixes.chunk,
+            prefix_chunk=prefix_chunk,
             options=options,
             dtype=dtype,
         )
@@ -320,13 +321,15 @@ def checked_prompts(
     return tokens.astype(np.int32), lengths.astype(np.int32), limits.astype(np.int32)
 
 
-def _checked_prefixes(config: Qwen2Config, prefixes: Prefixes, rows: int) -> Prefixes:
-    """As int32 arrays, padding set to 0 and their width a multiple of the pieces'.
+def _checked_prefixes(
+    config: Qwen2Config, prefixes: Prefixes, chunk: int | None, rows: int
+) -> tuple[Prefixes, int | None]:
+    """As int32 arrays, padding set to 0 and their width a multiple of the pieces', and the pieces' size.
 
     Raises:
       ValueError: for shapes and numbers that do not fit.
     """
-    tokens, lengths, of = arrays = [np.asarray(x) for x in prefixes[:3]]
+    tokens, lengths, of = arrays = [np.asarray(x) for x in prefixes]
     fits = tokens.ndim == 2 and lengths.shape == tokens.shape[:1] and of.shape == (rows,)
     if not fits or not all(np.issubdtype(x.dtype, np.integer) for x in arrays):
         got = ", ".join(f"{x.dtype} of shape {x.shape}" for x in arrays)
@@ -339,13 +342,13 @@ def _checked_prefixes(config: Qwen2Config, prefixes: Prefixes, rows: int) -> Pre
             "a temperature that follows the whole prompt's length makes the same beginning another one in each prompt; "
             "read such prompts without prefixes"
         )
-    if prefixes.chunk is not None and prefixes.chunk < 1:
-        raise ValueError(f"the chunk of prefixes must be at least 1, got {prefixes.chunk}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"prefix_chunk must be at least 1, got {chunk}")
     tokens = np.where(np.arange(width)[None] < lengths[:, None], tokens, 0)
     check_ids(config, tokens)
-    chunk = prefixes.chunk if prefixes.chunk is not None and prefixes.chunk < width else None
+    chunk = None if chunk is None or chunk >= width else chunk
     tokens = np.pad(tokens, ((0, 0), (0, -width % (chunk or 1))))
-    return Prefixes(tokens.astype(np.int32), lengths.astype(np.int32), of.astype(np.int32), chunk)
+    return Prefixes(tokens.astype(np.int32), lengths.astype(np.int32), of.astype(np.int32)), chunk
 
 
 def check_ids(config: Qwen2Config, tokens: np.ndarray) -> None:
@@ -375,7 +378,7 @@ def _prefill(
     key: jax.Array,
     values: Values,
     ends: _Ends,
-    prefixes: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+    prefixes: Prefixes | None = None,
     *,
     config: Qwen2Config,
     steps: Steps,
@@ -388,29 +391,22 @@ def _prefill(
     """Runs the prompts [B, T], or what follows their prefixes, into a cache with `room` for answers and chooses each
     row's first token."""
     rows, width = tokens.shape
-    run = functools.partial(forward, config, params, dtype=dtype, options=options)
-
-    def empty(rows: int, width: int) -> Cache:
-        # As wide as the prompts: a prefill attends to every slot, and the room behind them is empty.
-        return empty_cache(config, rows, width, dtype, "layers" in params, options.heads)
-
-    whole = lengths
     if prefixes is None:
-        cache = empty(rows, width)
+        # As wide as the prompts: a prefill attends to every slot, and the room behind them is empty.
+        cache, whole = empty_cache(config, rows, width, dtype, "layers" in params, options.heads), lengths
     else:
-        beginnings, beginning_lengths, of = map(jnp.asarray, prefixes)
-        whole = lengths + beginning_lengths[of]
-        begun = empty(*beginnings.shape)
-        begun, _ = _read(run, begun, beginnings, beginning_lengths, beginning_lengths, prefix_chunk, None)
-        cache = extend_cache(copy_rows(begun, of), begun.size + width)
+        prefixes = Prefixes(*map(jnp.asarray, prefixes))
+        cache = read_prefixes(config, params, prefixes, width, dtype, options, prefix_chunk)
+        whole = lengths + prefixes.lengths[prefixes.of]
     begin = cache.size - width
+    run = functools.partial(forward, config, params, dtype=dtype, options=options)
     cache, scores = _read(run, cache, tokens, lengths, whole, chunk, jnp.zeros((rows, config.vocab_size)))
     assert scores is not None
     seen = None
     if steps.penalised:
         seen = _ids_in(tokens, lengths, config.vocab_size)
         if prefixes is not None:
-            seen |= _ids_in(beginnings, beginning_lengths, config.vocab_size)[of]
+            seen |= _ids_in(prefixes.tokens, prefixes.lengths, config.vocab_size)[prefixes.of]
     state = State(
         # The padding after the longest prompt is invisible: let the answer overwrite it.
         cache=dataclasses.replace(extend_cache(cache, cache.size + room), length=begin + lengths.max()),
@@ -424,6 +420,24 @@ def _prefill(
         key=key,
     )
     return _choose(state, scores, steps, values, ends, options.placement)
+
+
+def read_prefixes(
+    config: Qwen2Config,
+    params: Params,
+    prefixes: Prefixes,
+    width: int,
+    dtype: jax.typing.DTypeLike,
+    options: Options,
+    chunk: int | None = None,
+) -> Cache:
+    """A cache of rows that begin with their prefixes, each read once, and have room for `width` more tokens."""
+    tokens, lengths, of = map(jnp.asarray, prefixes)
+    count, before = tokens.shape
+    run = functools.partial(forward, config, params, dtype=dtype, options=options)
+    cache = empty_cache(config, count, before, dtype, "layers" in params, options.heads)
+    cache, _ = _read(run, cache, tokens, lengths, lengths, chunk, None)
+    return extend_cache(copy_rows(cache, of), cache.size + width)
 
 
 def _read(

@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
         texts = [session.tokenizer.apply_chat_template([{"role": "user", "content": text}]) for text in texts]
     prompts = [session.encode(text) for text in texts]
     session.check(prompts)
+
     from sharding.processes import leave_processes
 
     first = join(options.together)

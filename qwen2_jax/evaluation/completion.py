@@ -12,6 +12,7 @@ from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.completion_plan import Batch, Shape, Sizes, plan_completions
 from qwen2_jax.evaluation.memory import Room, pass_tokens, room_for
 from qwen2_jax.evaluation.shapes import up_to_multiple
+from qwen2_jax.evaluation.sharing import prefix_arrays
 from qwen2_jax.generation import Generation, Prefixes
 from qwen2_jax.layers import Options
 from qwen2_jax.model import Params
@@ -144,7 +145,10 @@ class Completer:
             tokens[index, : len(suffix)] = suffix
             lengths[index], limits[index] = len(suffix), prompt.max_new_tokens
         prefix_chunk, chunk = _chunk(sizes.prefixes, shape.prefix, room), _chunk(sizes.rows, shape.suffix, room)
-        prefixes = _prefixes(own, batch, sizes, prefix_chunk) if shape.prefix else None
+        prefixes = None
+        if shape.prefix:
+            begun = [(prompt.tokens, row.shared, row.group) for prompt, row in zip(own, batch.rows, strict=True)]
+            prefixes = Prefixes(*prefix_arrays(begun, (sizes.prefixes, shape.prefix), sizes.rows))
         run = Generation(
             *(self.config, self.params, tokens, lengths),
             max_new_tokens=limits.tolist(),
@@ -156,6 +160,7 @@ class Completer:
             slots=shape.suffix,
             room=shape.answer,
             prefixes=prefixes,
+            prefix_chunk=prefix_chunk,
             options=self.options,
             dtype=self.dtype,
         )
@@ -176,17 +181,6 @@ class Completer:
         self.work.new_tokens += sum(one.count for one in answers)
         self.work.unstopped += sum(not one.stopped for one in answers)
         return [one.text for one in answers]
-
-
-def _prefixes(prompts: Sequence[Prompt], batch: Batch, sizes: Sizes, chunk: int | None) -> Prefixes:
-    tokens = np.zeros((sizes.prefixes, batch.shape.prefix), np.int32)
-    lengths, of = np.zeros(sizes.prefixes, np.int32), np.zeros(sizes.rows, np.int32)
-    of_group: dict[int, int] = {}
-    for index, (prompt, row) in enumerate(zip(prompts, batch.rows, strict=True)):
-        place = of_group.setdefault(row.group, len(of_group))
-        tokens[place, : row.shared] = prompt.tokens[: row.shared]
-        lengths[place], of[index] = row.shared, place
-    return Prefixes(tokens, lengths, of, chunk)
 
 
 def _chunk(rows: int, slots: int, room: Room) -> int | None:

@@ -66,11 +66,8 @@ class CompletionPlan:
     @property
     def slots(self) -> int:
         """Tokens of prompts that are computed, padding included."""
-        return sum(self._slots(batch.shape) for batch in self.batches)
-
-    def _slots(self, shape: Shape) -> int:
-        sizes = self.sizes[shape]
-        return sizes.prefixes * shape.prefix + sizes.rows * shape.suffix
+        each = {shape: size.prefixes * shape.prefix + size.rows * shape.suffix for shape, size in self.sizes.items()}
+        return sum(each[batch.shape] for batch in self.batches)
 
     def cost(self, step: int) -> int:
         """In tokens of prompts, if a step of a batch takes as long as `step` of them, and more by one for each row."""

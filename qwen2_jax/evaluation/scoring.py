@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qwen2_jax.cache import copy_rows, empty_cache, extend_cache
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.evaluation.memory import Room, room_for
 from qwen2_jax.evaluation.score_plan import Batch, ScorePlan, Sizes, plan_scores
-from qwen2_jax.generation import check_ids, real_tokens
+from qwen2_jax.evaluation.sharing import prefix_arrays
+from qwen2_jax.generation import Prefixes, check_ids, read_prefixes, real_tokens
 from qwen2_jax.layers import Options
 from qwen2_jax.model import Params, forward, logits_of
 
@@ -222,12 +222,8 @@ class Scorer:
 class _Arrays(NamedTuple):
     """A batch for the device: P prefixes of W slots, R suffixes of C slots, A numbers asked for."""
 
-    prefixes: np.ndarray
-    """[P, W] int32."""
-    prefix_lengths: np.ndarray
-    """[P] int32."""
-    prefix_of: np.ndarray
-    """[R] int32."""
+    prefixes: Prefixes
+    """int32."""
     suffixes: np.ndarray
     """[R, C] int32."""
     suffix_lengths: np.ndarray
@@ -240,19 +236,12 @@ class _Arrays(NamedTuple):
 
 def _arrays(batch: Batch, sizes: Sizes) -> _Arrays:
     shape = batch.shape
-    prefixes = np.zeros((sizes.prefixes, shape.prefix), np.int32)
-    suffixes = np.zeros((sizes.rows, shape.suffix), np.int32)
-    prefix_lengths, suffix_lengths = np.zeros(sizes.prefixes, np.int32), np.zeros(sizes.rows, np.int32)
-    prefix_of = np.zeros(sizes.rows, np.int32)
+    rows = [(row.tokens, row.shared, row.group) for row in batch.rows]
+    prefixes = Prefixes(*prefix_arrays(rows, (sizes.prefixes, shape.prefix), sizes.rows))
+    suffixes, suffix_lengths = np.zeros((sizes.rows, shape.suffix), np.int32), np.zeros(sizes.rows, np.int32)
     places, targets = np.zeros(sizes.asks, np.int32), np.zeros(sizes.asks, np.int32)
-    of_group: dict[int, int] = {}
     asked = 0
     for index, row in enumerate(batch.rows):
-        prefix = of_group.setdefault(row.group, len(of_group))
-        if shape.prefix:
-            prefixes[prefix, : row.shared] = row.tokens[: row.shared]
-            prefix_lengths[prefix] = row.shared
-            prefix_of[index] = prefix
         suffix = row.tokens[row.shared :]
         suffixes[index, : len(suffix)] = suffix
         suffix_lengths[index] = len(suffix)
@@ -260,7 +249,7 @@ def _arrays(batch: Batch, sizes: Sizes) -> _Arrays:
             places[asked] = index * shape.suffix + ask.position - row.shared
             targets[asked] = ask.token
             asked += 1
-    return _Arrays(prefixes, prefix_lengths, prefix_of, suffixes, suffix_lengths, places, targets)
+    return _Arrays(prefixes, suffixes, suffix_lengths, places, targets)
 
 
 def _read(batch: Batch, results: tuple[jax.Array, jax.Array]) -> Iterator[tuple[int, Score]]:
@@ -284,11 +273,12 @@ def _log_probabilities(
 ) -> tuple[jax.Array, jax.Array]:
     """[A] float32 log-probabilities of what is asked for, and [A] bool: whether it was the most probable."""
     run: Callable[..., Any] = functools.partial(forward, config, params, dtype=dtype, options=options, logits="none")
-    suffix_real = real_tokens(jnp.asarray(batch.suffixes), jnp.asarray(batch.suffix_lengths))
-    if batch.prefixes.shape[1]:
-        hidden = _after_prefixes(run, params, batch, suffix_real, config, options, dtype)
+    real = real_tokens(jnp.asarray(batch.suffixes), jnp.asarray(batch.suffix_lengths)).astype(jnp.int32)
+    if batch.prefixes.tokens.shape[1]:
+        cache = read_prefixes(config, params, batch.prefixes, batch.suffixes.shape[1], dtype, options)
+        hidden = run(batch.suffixes, segment_ids=real, cache=cache).hidden
     else:
-        hidden = run(batch.suffixes, segment_ids=suffix_real.astype(jnp.int32), right_padded=True).hidden
+        hidden = run(batch.suffixes, segment_ids=real, right_padded=True).hidden
     wanted = hidden.reshape(-1, hidden.shape[-1])[batch.places]
     count = -(-len(wanted) // chunk)
     padding = count * chunk - len(wanted)
@@ -311,22 +301,3 @@ def _log_probabilities(
     results = lax.map(of_chunk, (wanted, targets))
     log_probabilities, greedy = (place(x.reshape(-1)[: len(batch.places)], (None,)) for x in results)
     return log_probabilities, greedy
-
-
-def _after_prefixes(
-    run: Callable[..., Any],
-    params: Params,
-    batch: _Arrays,
-    suffix_real: jax.Array,
-    config: Qwen2Config,
-    options: Options,
-    dtype: Any,
-) -> jax.Array:
-    """[R, C, D]: the suffixes' hidden states."""
-    width = batch.prefixes.shape[1]
-    prefix_real = real_tokens(jnp.asarray(batch.prefixes), jnp.asarray(batch.prefix_lengths))
-    cache = empty_cache(config, len(batch.prefixes), width, dtype, "layers" in params, options.heads)
-    segments = prefix_real.astype(jnp.int32)
-    cache = run(batch.prefixes, segment_ids=segments, cache=cache, right_padded=True).cache
-    cache = extend_cache(copy_rows(cache, jnp.asarray(batch.prefix_of)), width + batch.suffixes.shape[1])
-    return run(batch.suffixes, segment_ids=suffix_real.astype(jnp.int32), cache=cache).hidden

@@ -1,7 +1,7 @@
 """Which beginnings of inputs are read once, for all that begin alike: arithmetic on the host, without JAX."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -103,3 +103,22 @@ def in_batches(rows: Sequence[R], most: int, most_prefixes: int) -> list[list[R]
         parts[-1].append(row)
         seen.add(row.group)
     return parts
+
+
+def prefix_arrays(
+    rows: Iterable[tuple[Sequence[int] | np.ndarray, int, int]], shape: tuple[int, int], size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The prefixes of a batch as arrays: tokens [P, W] and lengths [P], padded, and which one each row has, [size].
+
+    Args:
+      rows: tokens of each, how many of them are its prefix, and its group.
+      shape: P and W.
+      size: of the batch, with rows that are missing.
+    """
+    tokens, lengths, of = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32), np.zeros(size, np.int32)
+    places: dict[int, int] = {}
+    for index, (row, shared, group) in enumerate(rows):
+        if shared:
+            of[index] = place = places.setdefault(group, len(places))
+            tokens[place, :shared], lengths[place] = row[:shared], shared
+    return tokens, lengths, of

@@ -116,6 +116,13 @@ def test_options_are_explained_and_checked(job, run):
     fails(run(job, "--model", "x", "--dtype", "int4"), "int4", "bfloat16")
 
 
+def test_the_option_that_is_refused_is_no_suggestion(run):
+    """Another job of the command may have it."""
+    result = run("evaluate", "lm-eval", "--model", "x", "--tasks", "y", "--data-dir", "z")
+    fails(result, "Unrecognized", "--data-dir")
+    assert "perhaps you meant" not in result[2]
+
+
 # generate
 
 

@@ -62,8 +62,9 @@ def test_shared_beginnings(params, tokens, chunks, penalty):
         prompts[row, : whole[row]] = [*shared, *rest[row, :length]]
     expected = generate(CONFIG, params, prompts, whole, max_new_tokens=24, repetition_penalty=penalty)
     beginnings = np.concatenate([beginnings, np.full((1, 11), -7)])
-    prefixes = Prefixes(beginnings, [*lengths, 0], of, chunk=chunks[1])
-    how = dict(max_new_tokens=24, sampling=Sampling(repetition_penalty=penalty), prefill_chunk=chunks[0])
+    prefixes = Prefixes(beginnings, [*lengths, 0], of)
+    how = dict(max_new_tokens=24, sampling=Sampling(repetition_penalty=penalty))
+    how |= dict(prefill_chunk=chunks[0], prefix_chunk=chunks[1])
     run = Generation(CONFIG, params, rest, own, prefixes=prefixes, **how)
     np.testing.assert_array_equal(run.advance(), expected)
     stacked = Generation(CONFIG, stack_layers(params, CONFIG), rest, own, prefixes=prefixes, **how)
@@ -80,10 +81,11 @@ def test_shared_beginnings_are_checked(params, tokens):
         (Prefixes([[1.5]], [1], [0]), "got float64"),
         (Prefixes([[1]], [2], [0]), r"have 0 to 1 tokens and numbers from 0 to 0, got \[2\]"),
         (Prefixes([[1]], [1], [1]), r"and \[1\]"),
-        (Prefixes([[1]], [1], [0], chunk=0), "must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             Generation(CONFIG, params, tokens[:1], prefixes=prefixes)
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        Generation(CONFIG, params, tokens[:1], prefixes=Prefixes([[1]], [1], [0]), prefix_chunk=0)
     scaled = dataclasses.replace(CONFIG, dual_chunk=DualChunk(64, 16, 32, temperature="prompt"))
     with pytest.raises(ValueError, match="makes the same beginning another one in each prompt"):
         Generation(scaled, params, tokens[:1], prefixes=Prefixes([[1]], [1], [0]))

@@ -124,7 +124,7 @@ def _data_file(path: Path, kind: str | None) -> DataFile:
     except OSError as error:
         raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
     by_name, compression = _kind_of(path)
-    if (kind or by_name) is None and ".json" in (suffix.lower() for suffix in path.suffixes[-2:]):
+    if (kind or by_name) is None and _suffix(path) == ".json":
         raise ValueError(
             f"{shown(path)} would be read as plain text, braces and keys included; if each of its lines is a record, "
             "name it .jsonl, and if text is what you mean, `train tokenize --kind text` reads it so"
@@ -134,7 +134,13 @@ def _data_file(path: Path, kind: str | None) -> DataFile:
 
 def _kind_of(path: Path) -> tuple[str | None, str]:
     compression = _COMPRESSION_OF.get(path.suffix.lower(), "")
-    kind = _KIND_OF.get((path.with_suffix("") if compression else path).suffix.lower())
+    kind = _KIND_OF.get(_suffix(path))
     if compression and kind not in ("jsonl", "text"):
         kind = None
     return kind, compression
+
+
+def _suffix(path: Path) -> str:
+    """In lower case, that of the compression left out."""
+    bare = path.with_suffix("") if path.suffix.lower() in _COMPRESSION_OF else path
+    return bare.suffix.lower()

@@ -50,6 +50,17 @@ def reference(config, params, bytes_tokenizer, eos_ids):
     return reference
 
 
+@pytest.fixture(scope="module")
+def on_mesh(config, params):
+    """Options of a completer on eight devices."""
+    mesh = make_mesh("data=4,tensor=2")
+    return {
+        "params": jax.device_put(params, param_shardings(config, mesh)),
+        "options": run_options(config, mesh, rules="serve"),
+        "multiple": 4,
+    }
+
+
 def test_stop_strings_are_found_wherever_a_step_ends(complete, reference, prompts, monkeypatch):
     monkeypatch.setattr(completion, "_STEP", 4)
     text = reference(prompts[0])
@@ -121,13 +132,7 @@ def test_sampling_is_that_of_generate(complete, config, params, prompts, bytes_t
     assert answers != complete(wanted, sampling=Sampling(**how), seed=6, shapes=1)[0]
 
 
-def test_rows_on_a_mesh(complete, config, params, prompts):
-    mesh = make_mesh("data=4,tensor=2")
-    on_mesh = {
-        "params": jax.device_put(params, param_shardings(config, mesh)),
-        "options": run_options(config, mesh, rules="serve"),
-        "multiple": 4,
-    }
+def test_rows_on_a_mesh(complete, on_mesh, prompts):
     wanted = [Prompt(tokens, NEW, ("a", "e")) for tokens in prompts]
     answers, work = complete(wanted, **on_mesh)
     assert answers == complete(wanted)[0]
@@ -146,13 +151,7 @@ def test_what_prompts_begin_with_is_read_once(complete, prompts, room):
     assert any(chunk for *_, chunk in work.programs) == (room.slots == 64)
 
 
-def test_several_beginnings_in_a_batch_on_a_mesh(complete, config, params, prompts):
-    mesh = make_mesh("data=4,tensor=2")
-    on_mesh = {
-        "params": jax.device_put(params, param_shardings(config, mesh)),
-        "options": run_options(config, mesh, rules="serve"),
-        "multiple": 4,
-    }
+def test_several_beginnings_in_a_batch_on_a_mesh(complete, on_mesh, prompts):
     beginnings = [prompts[2] * 2, prompts[0] * 3]
     wanted = [Prompt([*beginnings[index % 2], 1 + index, *prompts[1]], NEW, ("a",)) for index in range(7)]
     answers, work = complete(wanted, **on_mesh)

@@ -78,6 +78,8 @@ def test_what_cannot_be_a_source(folder, tmp_path_factory):
             find_files([str(empty / "x.*")])
         assert find_files([str(empty / name)], "text")[0].kind == "text"
         (empty / name).unlink()
+    (empty / "x.json.bak").touch()
+    assert find_files([str(empty / "*.bak")])[0].kind == "text"
     (empty / "dataset_dict.json").touch()
     (empty / "train").mkdir()
     with pytest.raises(ValueError, match=r"several splits \(train\)"):
