@@ -55,6 +55,19 @@ def prepare_process() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def keep_stdout() -> None:
+    """Leaves standard output to what Python prints; what other libraries print goes to standard error from here on.
+
+    Those that move arrays between processes (Gloo; NCCL when asked) print to the descriptor itself, from several threads
+    at once: a reader of our JSON cannot tell their pieces apart.
+    """
+    sys.stdout.flush()
+    how = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
+    ours = os.fdopen(os.dup(1), "w", **how)
+    os.dup2(2, 1)
+    sys.stdout = ours
+
+
 def end_process(code: int) -> NoReturn:
     """Ends the process with what `exit_code` returned, an interrupted one by the signal: a shell's loop then ends too.
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from qwen2_jax.command import exit_code, parse
+from qwen2_jax.command import exit_code, keep_stdout, parse
 
 _HELP = """usage: qwen2-jax train JOB ...
 
@@ -51,7 +51,8 @@ def _pretrain(argv: Sequence[str]) -> int:
     from train.training import train
 
     how = run.compute
-    join_processes(how.coordinator, how.processes, how.process)
+    if join_processes(how.coordinator, how.processes, how.process):
+        keep_stdout()
     status = train(run, Pretraining(run.optimization.z_loss), rows_of_text(run), validation_rows_of_text(run))
     leave_processes()
     return status

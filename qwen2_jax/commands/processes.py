@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from qwen2_jax.command import keep_stdout
+
 
 @dataclasses.dataclass(frozen=True)
 class ProcessOptions:
@@ -24,6 +26,8 @@ class ProcessOptions:
 def join(options: ProcessOptions) -> bool:
     """Joins the other processes of this run, if there are any; must come before anything that asks JAX for devices.
 
+    With others, standard output is Python's alone from here on.
+
     Returns:
       Whether this is the first process, which alone writes.
 
@@ -34,7 +38,8 @@ def join(options: ProcessOptions) -> bool:
 
     from sharding.processes import join_processes
 
-    join_processes(**dataclasses.asdict(options))
+    if join_processes(**dataclasses.asdict(options)):
+        keep_stdout()
     return jax.process_index() == 0
 
 

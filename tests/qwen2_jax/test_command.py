@@ -148,3 +148,13 @@ def test_an_interrupted_job_dies_by_the_signal():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "said", "\n")
+
+
+def test_standard_output_is_pythons_alone():
+    script = (
+        "import os; from qwen2_jax import command; command.prepare_process(); print('before', end=' ');"
+        "command.keep_stdout(); os.write(1, b'library'); print('after \\udcff', end='');"
+        "command.end_process(command.exit_code(lambda: 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "before after \\udcff", "library")
