@@ -58,12 +58,11 @@ def prepare_process() -> None:
 def keep_stdout() -> None:
     """Leaves standard output to what Python prints; what other libraries print goes to standard error from here on.
 
-    Those that move arrays between processes (Gloo; NCCL when asked) print to the descriptor itself, from several threads
-    at once: a reader of our JSON cannot tell their pieces apart.
+    Those that move arrays between processes (Gloo; NCCL when asked) print to the descriptor itself, from several
+    threads at once: a reader of our JSON cannot tell their pieces apart.
     """
     sys.stdout.flush()
-    how = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors}
-    ours = os.fdopen(os.dup(1), "w", **how)
+    ours = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
     sys.stdout = ours
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from qwen2_jax.attention import chunked, cudnn, pallas
+from qwen2_jax.attention import chunked, cudnn, dense, pallas
 from qwen2_jax.attention.context import Context
-from qwen2_jax.attention.dense import dense_attention
 from qwen2_jax.attention.flash import flash_attention
 from qwen2_jax.rope import Rotation
 from qwen2_jax.target import target_platform
@@ -24,7 +23,7 @@ _CUDNN_LEAST = 256
 """Queries from which on cuDNN is taken: it computes blocks of 128 at least."""
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "dense": dense_attention,
+    "dense": functools.partial(flash_attention, dense.KERNEL),
     "chunked": functools.partial(flash_attention, chunked.KERNEL),
     "pallas": functools.partial(flash_attention, pallas.KERNEL),
     "cudnn": functools.partial(flash_attention, cudnn.KERNEL),

@@ -14,7 +14,7 @@ from jax import lax
 
 from qwen2_jax.attention.context import Context, Span, in_blocks, pad, part_of, parts_between, spans, visible
 from qwen2_jax.attention.flash import Kernel
-from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero, scores, weighted
+from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero, scores, weighted, weighted_back
 from qwen2_jax.einsum import einsum
 from qwen2_jax.rope import Rotation, rotate, rotate_gradient
 
@@ -152,11 +152,11 @@ def _backward(query, key, value, rotation, context, out, lse, dout):
             dturned, dkey, dvalue = carry
             q, k, v = turned[part], blocks.k_block(key, 2, j), blocks.k_block(value, 2, j)
             weights = jnp.exp(jnp.where(blocks.seen(i, j, part), scores(q, k), MASKED) - top[..., None])
-            dv = einsum("BKGTS,BKGTH->BKSH", weights.astype(v.dtype), do)
+            dv = weighted_back(weights, do)
             dweights = einsum("BKGTH,BKSH->BKGTS", do, v)
             dscores = (weights * (dweights - delta[..., None]) * scale).astype(k.dtype)
             dq = einsum("BKGTS,BKSH->BKGTH", dscores, k)
-            dk = einsum("BKGTS,BKGTH->BKSH", dscores, q)
+            dk = weighted_back(dscores, q)
             return _add(dturned, dq[None], 0, part), _add(dkey, dk, 2, j), _add(dvalue, dv, 2, j)
 
         dkey, dvalue = carry

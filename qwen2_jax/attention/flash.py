@@ -1,4 +1,4 @@
-"""One gradient rule for every path that computes attention in pieces.
+"""One gradient rule for every path that computes attention.
 
 A kernel's backward pass gets the output and the log-sum-exp of the whole softmax, so what it returns is exact for
 whatever part of the keys it is given, and no gradient ever flows through a log-sum-exp.

@@ -22,6 +22,15 @@ def weighted(weights: jax.Array, value: jax.Array) -> jax.Array:
     return einsum("BKGTS,BKSH->BKGTH", weights, value)
 
 
+def weighted_back(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Sum over G and T of x [B, K, G, T, H] by weights [B, K, G, T, S]: [B, K, S, H] float32, what keys get back."""
+    weights = weights.astype(x.dtype)
+    if x.dtype == jnp.float32:
+        # XLA:CPU copies the left operand, turned, and x is the smaller one. In bfloat16 it lacks this form.
+        return einsum("BKGTH,BKGTS->BKHS", x, weights).swapaxes(2, 3)
+    return einsum("BKGTS,BKGTH->BKSH", weights, x)
+
+
 def nonzero(total: jax.Array) -> jax.Array:
     return jnp.where(total == 0, 1.0, total)
 

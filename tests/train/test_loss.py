@@ -103,6 +103,23 @@ def test_logits_are_not_gathered():
     assert max(one.count for one in over["tensor"]) <= 3 * chunks
 
 
+@pytest.mark.parametrize("rows, time, chunk", [(1, 1, 8), (1, 7, 3), (1, 7, 8), (4, 1, 2), (3, 33, 32), (3, 33, 512)])
+def test_bfloat16(rows, time, chunk):
+    """XLA:CPU has no kernel for some products in bfloat16, which only running one finds out."""
+    hidden, head, _ = inputs()
+    hidden = jnp.resize(hidden, (rows, time, D)).astype(jnp.bfloat16)
+    targets = jnp.resize(jnp.arange(V, dtype=jnp.int32), (rows, time))
+    ours, theirs = (
+        jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, head)
+        for loss in (
+            lambda *x: loss_sums(*x, targets, chunk).total,
+            lambda hidden, head: plain(hidden.astype(jnp.float32), head, targets),
+        )
+    )
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert np.abs(gradient - expected).max() <= 0.02 * np.abs(expected).max()
+
+
 def test_memory_of_the_real_vocabulary():
     """Of Qwen2-0.5B's head: temporaries, beside the gradients, which are results, stay below 15% of one [B, T, V]
     float32 array where a device has 32,768 tokens, and are what the docstring says where it has few."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qwen2_jax.attention import Context, attend
+from qwen2_jax.attention.dense import dense_attention
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.dual_chunk import DualChunk
 from qwen2_jax.model import default_positions, shown_lengths
@@ -98,9 +99,10 @@ def value_and_gradient(implementation, query, key, value, dout, rotation, contex
 
 
 def assert_paths_agree(case, implementation, relative=1e-4):
-    """Holds value and gradients to the dense path's; returns the value."""
+    """Holds value and gradients to the dense path's, which are automatic differentiation's; returns the value."""
     arguments = (case.query, case.rotated_key(), case.value, case.dout, case.rotations().query, case.context())
-    both = jax.jit(lambda *arguments: [value_and_gradient(name, *arguments) for name in (implementation, "dense")])
+    paths = implementation, dense_attention
+    both = jax.jit(lambda *arguments: [value_and_gradient(path, *arguments) for path in paths])
     (ours, *our_gradients), (reference, *gradients) = both(*arguments)
     np.testing.assert_allclose(ours, reference, atol=1e-5)
     for gradient, expected in zip(our_gradients, gradients, strict=True):
