@@ -64,6 +64,7 @@ class Checkpoints:
       model: a folder with the config.json and the tokenizer files of the model, which go into every step.
       keep_last: how many of the newest steps are kept, at least 1.
       keep_every: steps that are multiples of it are kept for good; None keeps no others.
+      wait: whether `save` returns only once the step is whole.
 
     Raises:
       ValueError: for numbers that make no sense, or a model folder without config.json.
@@ -76,6 +77,7 @@ class Checkpoints:
         model: str | os.PathLike[str],
         keep_last: int = 3,
         keep_every: int | None = None,
+        wait: bool = False,
     ):
         if keep_last < 1:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}: the newest checkpoint is never removed")
@@ -83,7 +85,7 @@ class Checkpoints:
             raise ValueError(f"keep_every must be at least 1 step, got {keep_every}; leave it out to keep no more")
         text = os.fspath(folder)
         self.folder = epath.Path(text if "://" in text else os.path.abspath(text))
-        self._keep_last, self._keep_every = keep_last, keep_every
+        self._keep_last, self._keep_every, self._wait = keep_last, keep_every, wait
         self.use_model(model)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -105,7 +107,7 @@ class Checkpoints:
         self._files: dict[str, bytes] = {path.name: path.read_bytes() for path in [config, *carried_files(Path(model))]}
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
-        """Starts to save a step, and returns as soon as the devices' memory is copied and may be reused.
+        """Starts to save a step, and returns as soon as the devices' memory is copied and may be reused, unless `wait`.
 
         Waits for an earlier save that is still being written. A step that is there already is replaced once the new one
         is whole. Steps beyond this one are set aside if this run went on from one before them by `restore`.
@@ -116,7 +118,7 @@ class Checkpoints:
           extra: what `restore` gives back besides; plain JSON.
 
         Raises:
-          OSError: if an earlier save failed, or this one cannot be begun.
+          OSError: if an earlier save failed, or this one cannot be begun; with `wait` also if it fails.
           ValueError: if the folder holds later steps of a run that this one does not continue.
         """
         self.wait()
@@ -147,6 +149,8 @@ class Checkpoints:
                 self._remove_old(where, name)
 
         self._pending = self._thread.submit(finish)
+        if self._wait:
+            self.wait()
 
     def check(self) -> None:
         """Raises the OSError of a save that has failed in the background since the last call; never waits."""

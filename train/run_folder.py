@@ -31,8 +31,8 @@ _LOCK = ".lock"
 _PACKAGES = ("qwen2-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _FREE = frozenset(
     """
-    out resume save_every keep_last keep_every log_every json tensorboard wandb profile cache no_plan compilation_cache
-    no_verify_data
+    out resume save_every keep_last keep_every wait_for_saves log_every json tensorboard wandb profile cache no_plan
+    compilation_cache no_verify_data
     coordinator processes process validation_data validate_every validation_rows
     """.split()
 )

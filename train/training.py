@@ -88,7 +88,10 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
         enter = open_until_done.enter_context
         enter(locked(run.out))
         models = [_write_model(run, of_phase, tokenizer, number) for number, of_phase in enumerate(configs)]
-        checkpoints = Checkpoints(run.out / CHECKPOINTS, models[0], run.safety.keep_last, run.safety.keep_every)
+        safety = run.safety
+        checkpoints = Checkpoints(
+            run.out / CHECKPOINTS, models[0], safety.keep_last, safety.keep_every, safety.wait_for_saves
+        )
         enter(contextlib.closing(checkpoints))
         resumed = _resumed(run, checkpoints)
         if resumed is not None and resumed >= run.steps:

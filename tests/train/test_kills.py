@@ -53,9 +53,9 @@ class Starter:
         )
         self._read_ahead = b""
 
-    def start(self, folder: Path, healthy: int = 0, trouble: str = "") -> int:
+    def start(self, folder: Path, *flags: str, healthy: int = 0, trouble: str = "") -> int:
         """Begins a run, whose disk gets into trouble after so many steps, and gives the number of its process."""
-        flags = ["--out", folder, "--model", self._model, "--tokenizer", self._model, *OPTIONS]
+        flags = ("--out", folder, "--model", self._model, "--tokenizer", self._model, *OPTIONS, *flags)
         self._process.stdin.write(json.dumps([healthy, trouble, [*map(str, flags)]]).encode() + b"\n")
         self._process.stdin.flush()
         told = self._read(60)
@@ -109,7 +109,7 @@ def test_killed_at_random_moments(starter, tmp_path):
     assert told[-1] == ("ended", 0)
     draw, runs, kills, begun, ends = random.Random(0), 0, 0, set(), collections.Counter()
     while kills < KILLS:
-        folder, status = tmp_path / f"run{runs}", None
+        folder, status, waits = tmp_path / f"run{runs}", None, runs % 2 == 1
         saving = saved = 0  # the last steps whose saves were begun, and were told to be whole
         while status != 0:
             # Most while it trains and saves, some while it begins: takes up its folder, or reads a checkpoint.
@@ -117,7 +117,8 @@ def test_killed_at_random_moments(starter, tmp_path):
             if draw.random() < 0.2:
                 kill = draw.choice([("pid", 0, draw.uniform(0, 3)), ("ready", 1, draw.uniform(0, 0.5))])
             trouble = draw.choice(["full", "read-only"]) if draw.random() < 0.3 else ""
-            process = starter.start(folder, draw.randint(0, 12), trouble if kills < KILLS else "")
+            flags, trouble = ["--wait-for-saves"] * waits, trouble if kills < KILLS else ""
+            process = starter.start(folder, *flags, healthy=draw.randint(0, 12), trouble=trouble)
             told = starter.follow(process, kill if kills < KILLS else None)
             status = told[-1][1]
             assert status in (0, -signal.SIGKILL, *((2,) if trouble else ()))
@@ -138,7 +139,7 @@ def test_killed_at_random_moments(starter, tmp_path):
                     assert step == saving
                     saved = step
                 elif kind == "step":
-                    assert step - 1 - saving < SAVE_EVERY
+                    assert step - 1 - (saved if waits else saving) < SAVE_EVERY
             if (folder / "checkpoints").exists():
                 (folder / "checkpoints").chmod(0o755)
         assert digests(folder, STEPS) == digests(whole, STEPS)
