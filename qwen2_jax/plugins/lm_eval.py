@@ -51,6 +51,8 @@ os.environ.setdefault("DISABLE_MULTIPROC", "1")
 _ROLLING_PROGRAMS = 2
 """With those of other scores, and two for each shape of answers, 12 in a run of all kinds of requests."""
 
+_THEN = ", then "  # between the paths of one program
+
 
 @register_model(NAME)
 class Qwen2JaxLM(TemplateLM):
@@ -388,14 +390,14 @@ class Qwen2JaxLM(TemplateLM):
         for scorer in self._scorers.values():
             for shape, sizes in scorer.work.shapes:
                 program = f"scores, {sizes.prefixes} x {shape.prefix} and {sizes.rows} x {shape.suffix} tokens"
-                taken[program] = ", then ".join(Paths(scorer.config, *how).scores(shape, sizes))
+                taken[program] = _THEN.join(Paths(scorer.config, *how).scores(shape, sizes))
         for completer in self._completers.values():
             paths = Paths(completer.config, *how)
             for programs in completer.work.programs:
                 (prefix, suffix, answer, _), sizes, *_ = programs
                 begun = f"{sizes.prefixes} x {prefix} and " if prefix else ""
                 program = f"answers, {begun}{sizes.rows} x {suffix} and {answer} tokens"
-                taken[program] = ", then ".join(paths.completions(programs))
+                taken[program] = _THEN.join(paths.completions(programs))
         return taken
 
     def usage(self) -> dict[str, Any]:
@@ -475,6 +477,7 @@ def usage_line(usage: Mapping[str, Any]) -> str:
         rates.append(f"{usage['scored_tokens_per_second']:,.0f} scored tokens/s ({computed})")
     if usage["new_tokens_per_second"]:
         rates.append(f"{usage['new_tokens_per_second']:,.0f} new tokens/s")
+    paths = {path for of_program in usage["attention"].values() for path in of_program.split(_THEN)}
     counted = {
         "truncated": "inputs truncated",
         "answers_without_stop": "answers without a stop",
@@ -485,7 +488,7 @@ def usage_line(usage: Mapping[str, Any]) -> str:
             *rates,
             f"besides {usage['compile_seconds']:.1f} s of compilation in {usage['programs']} programs",
             f"{max(usage['scoring_padding'], usage['prompt_padding']):.0%} padding",
-            f"attention {' / '.join(sorted(set(usage['attention'].values())))}",
+            *([f"attention {' and '.join(sorted(paths))}"] if paths else []),
             *(f"{usage[name]} {what}" for name, what in counted.items() if usage[name]),
         ]
     )
