@@ -62,9 +62,16 @@ def keep_stdout() -> None:
     threads at once: a reader of our JSON cannot tell their pieces apart.
     """
     sys.stdout.flush()
-    ours = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    at_once = sys.stdout.write_through  # as `python -u` has it
+    sys.stdout = io.TextIOWrapper(
+        os.fdopen(os.dup(1), "wb", 0 if at_once else -1),
+        sys.stdout.encoding,
+        sys.stdout.errors,
+        line_buffering=sys.stdout.line_buffering,
+        write_through=at_once,
+    )
     os.dup2(2, 1)
-    sys.stdout = ours
 
 
 def end_process(code: int) -> NoReturn:

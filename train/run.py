@@ -196,7 +196,7 @@ class Safety:
     keep_every: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: none)")] = None
     """Also keep those of steps that this divides; a multiple of --save-every."""
     wait_for_saves: bool = False
-    """Go on only once a checkpoint is whole: however a run dies, it then costs --save-every steps at most."""
+    """Go on only once a checkpoint is whole: a kill then costs --save-every steps at most."""
     max_skips: Annotated[int, arg(metavar="N")] = 10
     """Steps in a row that the guard may skip, before the run goes back to a checkpoint and passes over their data."""
     max_rollbacks: Annotated[int, arg(metavar="N")] = 3

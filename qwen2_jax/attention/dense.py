@@ -1,7 +1,8 @@
 """The reference: all scores at once. Also the faster path for short inputs and for single queries.
 
-Training runs it by `KERNEL`, whose backward pass computes the scores again: they are cheaper to compute than to keep,
-and automatic differentiation would multiply float32 gradients with bfloat16 operands.
+`attend` runs it by `KERNEL`, whose backward pass computes the scores again: they are cheaper to compute than to keep,
+and automatic differentiation would multiply float32 gradients with bfloat16 operands. `dense_attention` is the same
+function for automatic differentiation, to hold the gradient rules to.
 """
 
 import jax

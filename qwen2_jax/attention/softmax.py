@@ -26,7 +26,8 @@ def weighted_back(weights: jax.Array, x: jax.Array) -> jax.Array:
     """Sum over G and T of x [B, K, G, T, H] by weights [B, K, G, T, S]: [B, K, S, H] float32, what keys get back."""
     weights = weights.astype(x.dtype)
     if x.dtype == jnp.float32:
-        # XLA:CPU copies the left operand, turned, and x is the smaller one. In bfloat16 it lacks this form.
+        # XLA:CPU copies the left operand, turned, and x is the smaller one. In bfloat16 it lacks this form. On
+        # accelerators the two are one.
         return einsum("BKGTH,BKGTS->BKHS", x, weights).swapaxes(2, 3)
     return einsum("BKGTS,BKGTH->BKSH", weights, x)
 

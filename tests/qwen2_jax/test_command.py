@@ -150,11 +150,14 @@ def test_an_interrupted_job_dies_by_the_signal():
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "said", "\n")
 
 
-def test_standard_output_is_pythons_alone():
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_standard_output_is_pythons_alone(flags):
     script = (
-        "import os; from qwen2_jax import command; command.prepare_process(); print('before', end=' ');"
+        "import os, sys; from qwen2_jax import command; command.prepare_process(); print('before', end=' ');"
         "command.keep_stdout(); os.write(1, b'library'); print('after \\udcff', end='');"
+        "os._exit(7) if sys.stdout.write_through else None;"
         "command.end_process(command.exit_code(lambda: 0))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "before after \\udcff", "library")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, *flags, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (7 if flags else 0, "before after \\udcff", "library")

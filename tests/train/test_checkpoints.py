@@ -326,8 +326,8 @@ def test_a_save_that_fails_in_the_background_is_told_by_the_next_call(told_by, o
     run.close()  # what was told once is not told again
 
 
-def test_check_does_not_wait(open_run, monkeypatch):
-    run = open_run()
+@pytest.fixture
+def slow_commit(monkeypatch):
     original = Checkpoints._commit
 
     def slow(self, *arguments):
@@ -335,6 +335,19 @@ def test_check_does_not_wait(open_run, monkeypatch):
         original(self, *arguments)
 
     monkeypatch.setattr(Checkpoints, "_commit", slow)
+
+
+def test_saves_that_are_waited_for(open_run, slow_commit):
+    run = open_run(wait=True)
+    run.save(1, small_state())
+    assert run.steps() == [1]
+    with no_room(), pytest.raises(OSError, match="step 2 could not be saved"):
+        run.save(2, small_state(2))
+    run.check()
+
+
+def test_check_does_not_wait(open_run, slow_commit):
+    run = open_run()
     run.save(1, small_state())
     begin = time.monotonic()
     run.check()

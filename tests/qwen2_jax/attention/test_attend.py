@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qwen2_jax.attention import Context, attend, chunked, softmax
+from qwen2_jax.attention.dense import dense_attention
 from qwen2_jax.dual_chunk import DualChunk
 from qwen2_jax.rope import Rotation
 from tests.qwen2_jax.attention.cases import assert_paths_agree, make, value_and_gradient
@@ -220,3 +221,20 @@ def test_long_inputs_take_the_chunked_path(monkeypatch):
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="attention must be one of .*, got 'flush'"):
         run(make([[1] * 3]), "flush")
+
+
+@pytest.mark.parametrize("dual_chunk", [None, DualChunk(11, 3, 9)])
+@pytest.mark.parametrize("length", [1, 7, 33])
+@pytest.mark.parametrize("implementation", ["dense", "chunked"])
+def test_bfloat16(implementation, length, dual_chunk):
+    """XLA:CPU has no kernel for some products in bfloat16, which only running one finds out."""
+    case = make([[1] * length] * 2, dual_chunk=dual_chunk, dtype=jnp.bfloat16)
+    arguments = case.query, case.rotated_key(), case.value, case.dout
+    exact = [x.astype(jnp.float32) for x in arguments]
+    rotation, context = case.rotations().query, case.context()
+    turns = jax.tree.map(lambda table: table.astype(jnp.float32), rotation)
+    ours = jax.jit(lambda *inputs: value_and_gradient(implementation, *inputs, rotation, context))(*arguments)
+    theirs = jax.jit(lambda *inputs: value_and_gradient(dense_attention, *inputs, turns, context))(*exact)
+    for x, expected in zip(ours, theirs, strict=True):
+        assert x.dtype == jnp.bfloat16
+        assert np.abs(x.astype(jnp.float32) - expected).max() <= 0.02 * max(np.abs(expected).max(), 1)
