@@ -88,7 +88,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
         enter = open_until_done.enter_context
         enter(locked(run.out))
         models = [_write_model(run, of_phase, tokenizer, number) for number, of_phase in enumerate(configs)]
-        safety = run.safety
+        safety, output = run.safety, run.output
         checkpoints = Checkpoints(
             run.out / CHECKPOINTS, models[0], safety.keep_last, safety.keep_every, safety.wait_for_saves
         )
@@ -106,7 +106,6 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
         begun = sum(stage.first < (resumed or 0) for stage in stages)
         changes = note_start(run, run.out, resumed or 0, texts, begun)
         stop = enter(watch_for_stop())
-        output = run.output
         reporter = enter(
             Reporter(
                 run.out,
@@ -122,11 +121,11 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
         if changes:
             reporter.event("options", step=resumed or 0, changed="; ".join(changes))
         limits = Limits(
-            save_every=run.safety.save_every,
+            save_every=safety.save_every,
             log_every=output.log_every,
             validate_every=run.held_out.validate_every,
-            max_skips=run.safety.max_skips,
-            max_rollbacks=run.safety.max_rollbacks,
+            max_skips=safety.max_skips,
+            max_rollbacks=safety.max_rollbacks,
         )
         loop = Loop(
             run.out,

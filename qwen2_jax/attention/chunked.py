@@ -14,8 +14,16 @@ from jax import lax
 
 from qwen2_jax.attention.context import Context, Span, in_blocks, pad, part_of, parts_between, spans, visible
 from qwen2_jax.attention.flash import Kernel
-from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero, scores, weighted, weighted_back
-from qwen2_jax.einsum import einsum
+from qwen2_jax.attention.softmax import (
+    FLOOR,
+    MASKED,
+    nonzero,
+    row_sums,
+    scores,
+    scores_gradient,
+    weighted,
+    weighted_back,
+)
 from qwen2_jax.rope import Rotation, rotate, rotate_gradient
 
 BLOCK = 512
@@ -137,7 +145,7 @@ def _forward(query, key, value, rotation, context):
 
 def _backward(query, key, value, rotation, context, out, lse, dout):
     blocks = _Blocks(context, rotation.cos.shape[0])
-    keys, queries, scale = key.shape[2], query.shape[3], query.shape[-1] ** -0.5
+    keys, queries = key.shape[2], query.shape[3]
     key, value = blocks.pad_k(key, 2), blocks.pad_k(value, 2)
     query, out, dout, lse = (blocks.pad_q(x, 3) for x in (query, out, dout, lse))
     rotation = Rotation(*(blocks.pad_q(table, 2) for table in rotation))
@@ -145,26 +153,24 @@ def _backward(query, key, value, rotation, context, out, lse, dout):
     def query_block(carry, i):
         turned = blocks.rotated(query, rotation, i)
         o, do, top = (blocks.q_block(x, 3, i) for x in (out, dout, lse))
-        # Row sums of dP * P, by way of out and its gradient.
-        delta = einsum("BKGTH,BKGTH->BKGT", o, do)
+        sums = row_sums(o, do)
 
         def step(j, part, carry):
             dturned, dkey, dvalue = carry
             q, k, v = turned[part], blocks.k_block(key, 2, j), blocks.k_block(value, 2, j)
             weights = jnp.exp(jnp.where(blocks.seen(i, j, part), scores(q, k), MASKED) - top[..., None])
             dv = weighted_back(weights, do)
-            dweights = einsum("BKGTH,BKSH->BKGTS", do, v)
-            dscores = (weights * (dweights - delta[..., None]) * scale).astype(k.dtype)
-            dq = einsum("BKGTS,BKSH->BKGTH", dscores, k)
-            dk = weighted_back(dscores, q)
+            dproducts = scores_gradient(weights, sums, do, v).astype(k.dtype)
+            dq = weighted(dproducts, k)
+            dk = weighted_back(dproducts, q)
             return _add(dturned, dq[None], 0, part), _add(dkey, dk, 2, j), _add(dvalue, dv, 2, j)
 
         dkey, dvalue = carry
         dturned, dkey, dvalue = blocks.meet(i, step, (jnp.zeros(turned.shape), dkey, dvalue))
         return (dkey, dvalue), blocks.rotated_gradient(dturned, rotation, i).astype(query.dtype)
 
-    sums = jnp.zeros(key.shape), jnp.zeros(value.shape)
-    (dkey, dvalue), dquery = lax.scan(query_block, sums, jnp.arange(blocks.q_count, dtype=jnp.int32))
+    zeros = jnp.zeros(key.shape), jnp.zeros(value.shape)
+    (dkey, dvalue), dquery = lax.scan(query_block, zeros, jnp.arange(blocks.q_count, dtype=jnp.int32))
     dkey, dvalue = dkey[:, :, :keys].astype(key.dtype), dvalue[:, :, :keys].astype(value.dtype)
     return _joined(dquery, 3)[:, :, :, :queries], dkey, dvalue
 

@@ -10,8 +10,16 @@ import jax.numpy as jnp
 
 from qwen2_jax.attention.context import Context, part_of, visible
 from qwen2_jax.attention.flash import Kernel
-from qwen2_jax.attention.softmax import FLOOR, MASKED, nonzero, scores, weighted, weighted_back
-from qwen2_jax.einsum import einsum
+from qwen2_jax.attention.softmax import (
+    FLOOR,
+    MASKED,
+    nonzero,
+    row_sums,
+    scores,
+    scores_gradient,
+    weighted,
+    weighted_back,
+)
 from qwen2_jax.rope import Rotation, rotate, rotate_gradient
 
 
@@ -44,12 +52,10 @@ def _backward(query, key, value, rotation, context, out, lse, dout):
     turned = _rotated(query, rotation)
     weights = jnp.exp(_masked(scores(turned, key), context) - lse[..., None])
     dvalue = weighted_back(weights, dout)
-    # Row sums of dP * P, by way of out and its gradient.
-    delta = einsum("BKGTH,BKGTH->BKGT", out, dout)
-    dproducts = weights * (einsum("BKGTH,BKSH->BKGTS", dout, value) - delta[..., None])
-    dscores = (_by_part(dproducts, context, len(rotation.cos)) * query.shape[-1] ** -0.5).astype(key.dtype)
-    dkey = weighted_back(dscores, turned)
-    dturned = einsum("BKGTS,BKSH->BKGTH", dscores, key)
+    dproducts = scores_gradient(weights, row_sums(out, dout), dout, value)
+    dproducts = _by_part(dproducts, context, len(rotation.cos)).astype(key.dtype)
+    dkey = weighted_back(dproducts, turned)
+    dturned = weighted(dproducts, key)
     dquery = rotate_gradient(_in_parts(dturned, query.shape[3]), _tables(rotation)).sum(axis=3)
     return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype)
 

@@ -32,6 +32,24 @@ def weighted_back(weights: jax.Array, x: jax.Array) -> jax.Array:
     return einsum("BKGTS,BKGTH->BKSH", weights, x)
 
 
+def row_sums(out: jax.Array, dout: jax.Array) -> jax.Array:
+    """[B, K, G, T] float32: of each query's weights times their gradient, by way of the output and its gradient."""
+    return einsum("BKGTH,BKGTH->BKGT", out, dout)
+
+
+def scores_gradient(weights: jax.Array, sums: jax.Array, dout: jax.Array, value: jax.Array) -> jax.Array:
+    """[B, K, G, T, S] float32: the gradient of query times key, which `scores` scales.
+
+    Args:
+      weights: of the whole softmax, [B, K, G, T, S] float32.
+      sums: `row_sums` over all keys, [B, K, G, T].
+      dout: the output's gradient, [B, K, G, T, H].
+      value: [B, K, S, H].
+    """
+    dweights = einsum("BKGTH,BKSH->BKGTS", dout, value)
+    return weights * (dweights - sums[..., None]) * value.shape[-1] ** -0.5
+
+
 def nonzero(total: jax.Array) -> jax.Array:
     return jnp.where(total == 0, 1.0, total)
 
