@@ -152,8 +152,8 @@ class Training(Common):
     """Rows of a step."""
     seq: int = 512
     """Tokens of a row."""
-    remat: Literal["none", "projections", "attention", "full"] = "none"
-    """What is computed again in the backward pass; transformers: nothing, or all of a layer."""
+    remat: Literal["none", "projections", "attention", "full"] = "projections"
+    """What is computed again in the backward pass; transformers: nothing, or from "attention" on all of a layer."""
     steps: int = 3
     """Steps of one measurement."""
 

@@ -28,7 +28,7 @@ class Training:
             folder, dtype=torch.float32, attn_implementation="sdpa"
         )
         self.model.to(self.device).train()
-        if remat != "none":
+        if remat in ("attention", "full"):
             self.model.gradient_checkpointing_enable()
         decayed = [weight for name, weight in self.model.named_parameters() if weight.ndim > 1]
         others = [weight for name, weight in self.model.named_parameters() if weight.ndim == 1]

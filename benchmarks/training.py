@@ -44,7 +44,7 @@ class Work:
     batch: int
     seq: int
     remat: str
-    """Of this project; transformers keeps everything, or recomputes whole layers if this is not "none"."""
+    """Of this project; transformers keeps everything for "none" and "projections", or else recomputes whole layers."""
     steps: int
     """Between two looks at the clock."""
 

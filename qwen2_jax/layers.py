@@ -15,7 +15,8 @@ from qwen2_jax.attention import Context, attend
 from qwen2_jax.config import Qwen2Config
 from qwen2_jax.heads import HeadLayout, pad_groups, repeat_heads
 from qwen2_jax.placement import Placement, WeightPlacement, added_rows
-from qwen2_jax.projection import align, project, take_as
+from qwen2_jax.projection import project, take_as
+from qwen2_jax.rms_norm import rms_norm
 from qwen2_jax.rope import Rotation, Rotations, rotate
 from qwen2_jax.target import target_platform
 
@@ -45,18 +46,6 @@ class Options(NamedTuple):
     """Copies of and padding among heads, so that they divide over devices; a cache holds the copies."""
     placement: Placement = Placement()
     """What is split over devices."""
-
-
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis.
-
-    Squares are summed in float32; the result is rounded to x's dtype before the scale is applied, as in PyTorch.
-
-    Source: RMSNorm (arXiv 1910.07467), equation 4.
-    """
-    x32 = x.astype(jnp.float32)
-    normed = x32 * lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * align(scale.astype(x.dtype), x)
 
 
 def _weight(
@@ -300,7 +289,7 @@ class Block(nn.Module):
         norm = functools.partial(RMSNorm, config.hidden_size, config.rms_norm_eps)
         normed = place(norm(name="attn_norm")(x), inside)
         attended, cache = Attention(config, self.options, name="attn")(normed, sequence, cache)
-        x = x + place(attended, residual)
+        x = x + checkpoint_name(place(attended, residual), "output")
         normed = place(norm(name="mlp_norm")(x), inside)
         if self.sparse:
             out, statistics = SparseMoE(config, self.options, name="moe")(normed, sequence.real)

@@ -94,10 +94,11 @@ class Qwen2(nn.Module):
         if positions is None:
             positions = default_positions(segment_ids, cache)
         positions = jnp.asarray(positions, jnp.int32)
-        start, key_segments, key_positions = jnp.zeros((), jnp.int32), segment_ids, positions
+        start, key_segments, key_positions, aligned = jnp.zeros((), jnp.int32), segment_ids, positions, True
         if cache is not None:
             cache.check_room(tokens.shape[1])
-            whole_rows = whole_rows and cache.size == tokens.shape[1]
+            aligned = cache.size == tokens.shape[1]  # it has room, so it is empty
+            whole_rows = whole_rows and aligned
             start = cache.length
             key_segments = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, start))
             key_positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, start))
@@ -110,6 +111,7 @@ class Qwen2(nn.Module):
             query_chunks=positions // chunk_length if chunk_length else None,
             key_chunks=key_positions // chunk_length if chunk_length else None,
             chunk_length=chunk_length,
+            aligned=aligned,
             whole_rows=whole_rows,
         )
         if lengths is None:

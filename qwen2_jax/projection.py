@@ -131,7 +131,7 @@ def _contract_bwd(equation, placement, residuals, dy):
     x, kernel = residuals
     x_axes, kernel_axes, y_axes = _axes(equation)
     dy = dy.astype(x.dtype)
-    dkernel = einsum(f"{y_axes},{x_axes}->{kernel_axes}", dy, x)
+    dkernel = _kernel_gradient(y_axes, x_axes, kernel_axes, dy, x)
     # First the kernel's, after which x is not needed: the other order would keep x, dx and dkernel at the same time.
     dy, dkernel = jax.lax.optimization_barrier((dy, dkernel))
     if placement is not None:
@@ -141,6 +141,17 @@ def _contract_bwd(equation, placement, residuals, dy):
 
 
 _contract.defvjp(_contract_fwd, _contract_bwd)
+
+
+def _kernel_gradient(y_axes: str, x_axes: str, kernel_axes: str, dy: jax.Array, x: jax.Array) -> jax.Array:
+    rows = "".join(axis for axis in x_axes if axis in y_axes)
+    several = len(rows) > 1 and x_axes.startswith(rows) and y_axes.startswith(rows)
+    if several and x.dtype == jnp.float32 and target_platform() == "cpu":
+        # XLA:CPU turns an operand around, element by element, to sum over two axes; over one it does not. Not in
+        # bfloat16, of which it lacks this product, nor on accelerators, where the two axes may be split over devices.
+        y_axes, x_axes = (axes.replace(rows, "X") for axes in (y_axes, x_axes))
+        dy, x = (array.reshape(-1, *array.shape[len(rows) :]) for array in (dy, x))
+    return einsum(f"{y_axes},{x_axes}->{kernel_axes}", dy, x)
 
 
 def _axes(equation: str) -> tuple[str, str, str]:

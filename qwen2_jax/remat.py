@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from jax.ad_checkpoint import checkpoint_policies as policies
 
-_PROJECTIONS = ("query", "key", "value", "attended", "gate", "up")
+_PROJECTIONS = ("query", "key", "value", "attended", "output", "gate", "up")
 
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
@@ -18,5 +18,6 @@ REMAT_POLICIES: dict[str, Callable | None] = {
         offload_dst="pinned_host",
     ),
 }
-"""From fastest to smallest: "none" keeps everything, "projections" all matrix products but two, "attention" the
-attention output, "full" only each layer's input; "offload" keeps the projections in the host's memory."""
+"""From largest to smallest: "none" keeps everything, "projections" every matrix product of a dense layer that the
+backward pass reads, so that only what goes element by element is computed again, "attention" the attention output,
+"full" only each layer's input; "offload" keeps the projections in the host's memory."""

@@ -113,6 +113,7 @@ def _dealt(local: Callable[..., jax.Array], devices: int) -> Callable[..., jax.A
                 query_start=context.query_start + _piece(half, devices) * piece,
                 query_segments=segments[half],
                 query_chunks=chunks[half],
+                aligned=False,
                 whole_rows=False,
             )
             outs.append(local(queries[half], key, value, Rotation(cos[half], sin[half]), here))

@@ -172,16 +172,17 @@ def _local(hidden, head, targets, chunk, split, z_loss, gradients):
     weights = head.astype(hidden.dtype)
     if embed:
         weights = lax.all_gather(weights, embed, axis=1, tiled=True)
+    first = lax.axis_index(vocab) * len(weights) if vocab else 0
     ids = jnp.arange(len(weights), dtype=jnp.int32)
-    if vocab:
-        ids += lax.axis_index(vocab) * len(weights)
 
     def step(dhead, chunk):
         hidden, targets = chunk
         logits = einsum("BTD,VD->BTV", hidden, weights)
-        is_target = (ids[None, None] == targets[..., None]).astype(jnp.float32)
+        own = targets - first
+        own = jnp.where(own < 0, len(weights), own)  # IGNORE and ids of other parts: outside, not from the end
+        chosen = jnp.take_along_axis(logits, own[..., None], axis=-1, mode="fill", fill_value=0)[..., 0]
         top = _over(lax.pmax, logits.max(axis=-1), vocab)
-        parts = jnp.exp(logits - top[..., None]).sum(axis=-1), (logits * is_target).sum(axis=-1)
+        parts = jnp.exp(logits - top[..., None]).sum(axis=-1), chosen
         exponentials, chosen = _over(lax.psum, parts, vocab)
         lse = top + jnp.log(exponentials)
         counted = targets != IGNORE
@@ -191,6 +192,7 @@ def _local(hidden, head, targets, chunk, split, z_loss, gradients):
         probabilities = jnp.exp(logits - lse[..., None])
         if z_loss:
             probabilities *= 1 + 2 * z_loss * lse[..., None]
+        is_target = (ids[None, None] == own[..., None]).astype(jnp.float32)
         dlogits = jnp.where(counted[..., None], probabilities - is_target, 0.0).astype(hidden.dtype)
         dhidden = _over(lax.psum, einsum("BTV,VD->BTD", dlogits, weights), vocab).astype(hidden.dtype)
         if len(chunks[0]) > 1:

@@ -29,9 +29,11 @@ class Context:
     """[B, S] int32."""
     chunk_length: int = struct.field(pytree_node=False, default=0)
     """Tokens of a chunk, or 0 without Dual Chunk Attention."""
+    aligned: bool = struct.field(pytree_node=False, default=False)
+    """Known when the program is built: T = S, and query t stands where key t stands, so that it sees none behind it."""
     whole_rows: bool = struct.field(pytree_node=False, default=False)
-    """Known when the program is built: T = S, and each row is one document from the first slot on, at positions 0, 1,
-    ..., with padding behind it at most. What queries of padding get is then nobody's concern."""
+    """Known when the program is built: queries and keys are aligned, and each row is one document from the first slot
+    on, at positions 0, 1, ..., with padding behind it at most. What queries of padding get is then nobody's concern."""
 
 
 def visible(query_slots: jax.Array, query_segments: jax.Array, key_slots: jax.Array, key_segments: jax.Array):

@@ -1,9 +1,12 @@
 """The reference: all scores at once. Also the faster path for short inputs and for single queries.
 
 `attend` runs it by `KERNEL`, whose backward pass computes the scores again: they are cheaper to compute than to keep,
-and automatic differentiation would multiply float32 gradients with bfloat16 operands. `dense_attention` is the same
-function for automatic differentiation, to hold the gradient rules to.
+and automatic differentiation would multiply float32 gradients with bfloat16 operands. Where queries and keys are
+aligned, it goes through a few groups of queries, each with the keys up to its own last: the others nobody sees.
+`dense_attention` is the same function, in one piece, for automatic differentiation, to hold the gradient rules to.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +52,7 @@ def _forward(query, key, value, rotation, context):
 
 
 def _backward(query, key, value, rotation, context, out, lse, dout):
+    """float32 gradients of query, key and value."""
     turned = _rotated(query, rotation)
     weights = jnp.exp(_masked(scores(turned, key), context) - lse[..., None])
     dvalue = weighted_back(weights, dout)
@@ -57,10 +61,69 @@ def _backward(query, key, value, rotation, context, out, lse, dout):
     dkey = weighted_back(dproducts, turned)
     dturned = weighted(dproducts, key)
     dquery = rotate_gradient(_in_parts(dturned, query.shape[3]), _tables(rotation)).sum(axis=3)
+    return dquery, dkey, dvalue
+
+
+_GROUPS = 4
+"""Of aligned queries, at most: with so many, 5/8 of all scores are computed."""
+
+_LEAST = 128
+"""Queries of a group, at least: what is saved on fewer is lost to the number of products."""
+
+
+class _Group(NamedTuple):
+    """Queries a..b of an input, and all keys that they may see: the first ones."""
+
+    queries: slice
+    keys: slice
+
+    def of_inputs(self, query, key, value, rotation, context):
+        query, key, value = query[:, :, :, self.queries], key[:, :, self.keys], value[:, :, self.keys]
+        return query, key, value, Rotation(*(table[:, :, self.queries] for table in rotation)), self._of(context)
+
+    def _of(self, context: Context) -> Context:
+        def cut(labels: jax.Array | None, part: slice) -> jax.Array | None:
+            return None if labels is None else labels[:, part]
+
+        return context.replace(  # type: ignore[attr-defined]
+            query_start=context.query_start + self.queries.start,
+            query_segments=cut(context.query_segments, self.queries),
+            key_segments=cut(context.key_segments, self.keys),
+            query_chunks=cut(context.query_chunks, self.queries),
+            key_chunks=cut(context.key_chunks, self.keys),
+        )
+
+
+def _groups(context: Context, queries: int, keys: int) -> list[_Group]:
+    if not context.aligned:
+        return [_Group(slice(0, queries), slice(0, keys))]
+    size = max(_LEAST, -(-queries // _GROUPS))
+    ends = [(start, min(start + size, queries)) for start in range(0, queries, size)]
+    return [_Group(slice(start, stop), slice(0, stop)) for start, stop in ends]
+
+
+def _forward_by_groups(query, key, value, rotation, context):
+    groups = _groups(context, query.shape[3], key.shape[2])
+    parts = [_forward(*group.of_inputs(query, key, value, rotation, context)) for group in groups]
+    out, lse = (jnp.concatenate(of_groups, axis=3) for of_groups in zip(*parts, strict=True))
+    return out, lse
+
+
+def _backward_by_groups(query, key, value, rotation, context, out, lse, dout):
+    keys = key.shape[2]
+    dqueries, dkey, dvalue = [], jnp.zeros(key.shape), jnp.zeros(value.shape)
+    for group in _groups(context, query.shape[3], keys):
+        results = (x[:, :, :, group.queries] for x in (out, lse, dout))
+        dq, *of_keys = _backward(*group.of_inputs(query, key, value, rotation, context), *results)
+        unseen = (0, 0), (0, 0), (0, keys - group.keys.stop), (0, 0)
+        dk, dv = (jnp.pad(x, unseen) for x in of_keys)
+        dqueries.append(dq)
+        dkey, dvalue = dkey + dk, dvalue + dv
+    dquery = jnp.concatenate(dqueries, axis=3)
     return dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype)
 
 
-KERNEL = Kernel(_forward, _backward)
+KERNEL = Kernel(_forward_by_groups, _backward_by_groups)
 
 
 def _tables(rotation: Rotation) -> Rotation:

@@ -34,7 +34,7 @@ def weighted_back(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 def row_sums(out: jax.Array, dout: jax.Array) -> jax.Array:
     """[B, K, G, T] float32: of each query's weights times their gradient, by way of the output and its gradient."""
-    return einsum("BKGTH,BKGTH->BKGT", out, dout)
+    return jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
 
 
 def scores_gradient(weights: jax.Array, sums: jax.Array, dout: jax.Array, value: jax.Array) -> jax.Array:

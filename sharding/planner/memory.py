@@ -176,15 +176,16 @@ class _Sizes:
         if remat in ("projections", "none"):
             kept += self.projections(inner)
         if remat == "none":
-            # What the other products and the norms read.
-            kept += 2 * self.tokens(config.hidden_size) + self.tokens(inner) + 3 * self.residual(SINGLE)
+            # What the other products read.
+            kept += 2 * self.tokens(config.hidden_size) + self.tokens(inner) + self.tokens(heads)
         return kept
 
     def projections(self, inner: int) -> int:
         """What `qwen2_jax.remat` calls so, of one layer."""
         config, spread = self.config, self.spread
         heads, keys = spread.query_heads * config.head_dim, spread.kv_heads * config.head_dim
-        return 2 * self.tokens(heads) + 2 * self.tokens(keys) + self.log_sums() + 2 * self.tokens(inner)
+        inside = 2 * self.tokens(heads) + 2 * self.tokens(keys) + self.log_sums() + 2 * self.tokens(inner)
+        return inside + self.residual(HALF)
 
     def residual(self, itemsize: int) -> int:
         """An activation between layers."""

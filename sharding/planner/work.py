@@ -97,7 +97,7 @@ def _pairs(request: Request) -> float:
     return request.seq if request.task == "decode" else request.seq * request.seq / 2
 
 
-_KEPT = ("attn.q.kernel", "attn.k.kernel", "attn.v.kernel", "gate.kernel", "up.kernel")
+_KEPT = ("attn.q.kernel", "attn.k.kernel", "attn.v.kernel", "attn.o.kernel", "gate.kernel", "up.kernel")
 
 
 def _again(path: str, request: Request) -> bool:

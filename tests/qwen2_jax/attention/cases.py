@@ -40,9 +40,9 @@ class Case:
         zero = jnp.zeros((), jnp.int32)
         segments = jnp.asarray(self.segments)
         if self.dual_chunk is None:
-            return Context(zero, zero, segments, segments)
+            return Context(zero, zero, segments, segments, aligned=True)
         chunks = jnp.asarray(self.positions // self.dual_chunk.chunk_length)
-        return Context(zero, zero, segments, segments, chunks, chunks)
+        return Context(zero, zero, segments, segments, chunks, chunks, aligned=True)
 
     def rotations(self):
         positions = jnp.asarray(self.positions)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen2_jax.attention import Context, attend, chunked, softmax
+from qwen2_jax.attention import Context, attend, chunked, dense, softmax
 from qwen2_jax.attention.dense import dense_attention
 from qwen2_jax.dual_chunk import DualChunk
 from qwen2_jax.rope import Rotation
@@ -33,6 +33,7 @@ CHUNKS = {
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(chunked, "BLOCK", 4)
+    monkeypatch.setattr(dense, "_LEAST", 4)
 
 
 def run(case, implementation):

@@ -41,7 +41,7 @@ def test_training_flops_are_six_for_each_weight_and_token_and_half_of_the_scores
 
 def test_what_is_computed_again_follows_the_policy():
     again = {remat: plan(remat=remat).flops.again for remat in REMATS}
-    assert again["none"] < again["projections"] == again["offload"] < again["attention"] < again["full"]
+    assert again["none"] == again["projections"] == again["offload"] < again["attention"] < again["full"]
     assert again["full"] < plan().flops.model / 3
 
 
