@@ -170,6 +170,7 @@ def _listen(process: subprocess.Popen, reports: int, output: int, seconds: float
         for descriptor in heard:
             selector.register(descriptor, selectors.EVENT_READ)
         while selector.get_map():
+            ended = process.poll() is not None  # asked first: what it wrote before its end is then there to read
             ready = selector.select(0.05)
             for key, _ in ready:
                 data = os.read(key.fd, 1 << 16)
@@ -178,7 +179,7 @@ def _listen(process: subprocess.Popen, reports: int, output: int, seconds: float
                 heard[key.fd] += data[: max(0, 16 * _KEPT - len(heard[key.fd]))]
             if time.monotonic() > deadline:
                 return bytes(heard[reports]), bytes(heard[output]), True
-            if not ready and process.poll() is not None:  # something that outlived it may hold the other end
+            if ended and not ready:  # something that outlived it may hold the other end
                 break
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(0.0, deadline - time.monotonic()))

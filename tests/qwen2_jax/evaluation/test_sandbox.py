@@ -502,6 +502,29 @@ def test_it_works_beside_other_threads():
     assert sorted(outcome.status for outcome in outcomes) == ["failed", "failed", "passed", "passed"]
 
 
+def test_what_a_process_writes_just_before_its_end_is_read():
+    (reports, report), (output, printed) = os.pipe(), os.pipe()
+
+    class Ending:
+        """Writes and ends at the worst moment: when it is first looked at."""
+
+        wrote = False
+
+        def poll(self):
+            if not self.wrote:
+                self.wrote = bool(os.write(report, b"started"))
+            return 0
+
+        def wait(self, timeout):
+            return 0
+
+    try:
+        assert sandbox._listen(Ending(), reports, output, 5.0) == (b"started", b"", False)
+    finally:
+        for descriptor in (reports, report, output, printed):
+            os.close(descriptor)
+
+
 def test_a_program_that_crashes_its_interpreter_has_failed():
     refused(run_program("import ctypes\nctypes.string_at(0)", ANY), "SIGSEGV")
 
