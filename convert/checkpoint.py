@@ -7,7 +7,7 @@ from convert.chunks import Source
 from convert.folder import local_folder
 from convert.hugging_face import HuggingFaceSource
 from convert.native import MANIFEST, NativeSource
-from convert.step_folder import is_step_folder
+from convert.step_folder import is_step_folder, is_unfinished
 from convert.step_source import StepSource
 
 
@@ -23,7 +23,13 @@ def open_checkpoint(path: str | os.PathLike[str], allow_pickle: bool = False) ->
       OSError: if a file cannot be read.
     """
     folder = local_folder(path, "pickles" if allow_pickle else "safetensors")
-    return open_own(folder) if (folder / MANIFEST).exists() else HuggingFaceSource(folder, allow_pickle)
+    if (folder / MANIFEST).exists():
+        return open_own(folder)
+    if is_unfinished(folder):
+        raise ValueError(
+            f"{folder} is a step whose save never came to its end; take the step before, or resume the run"
+        )
+    return HuggingFaceSource(folder, allow_pickle)
 
 
 def open_own(folder: Path) -> NativeSource | StepSource:

@@ -98,6 +98,15 @@ def is_step_folder(folder: Path) -> bool:
     return path.exists() and FORMAT.encode() in path.read_bytes()[:1000]
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether `folder` has the name of a step and what Orbax writes of one, but no manifest."""
+    return (
+        STEP_NAME.fullmatch(folder.name) is not None
+        and not (folder / MANIFEST).exists()
+        and any(folder.glob("state-*"))
+    )
+
+
 def newest_step(folder: Path) -> Path | None:
     """Of a training run, for somebody who took the folder of the run, or of its checkpoints, for a step."""
     for place in (folder / "checkpoints", folder):

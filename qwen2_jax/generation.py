@@ -316,7 +316,7 @@ def checked_prompts(
     if config.max_length is not None and needed > config.max_length:
         raise ValueError(
             f"a prompt of {whole[row]} tokens and {limits[row]} new ones need {needed} positions, the model has "
-            f"{config.max_length}; shorten them, or see `qwen2_jax.long_context` for longer inputs (--mode)"
+            f"{config.max_length}; shorten them, or extend it by --mode (docs/long-context.md)"
         )
     return tokens.astype(np.int32), lengths.astype(np.int32), limits.astype(np.int32)
 

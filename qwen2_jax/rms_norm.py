@@ -16,7 +16,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     Squares are summed in float32; the result is rounded to x's dtype before the scale is applied, as in PyTorch.
 
     The gradient is written out because automatic differentiation would keep three arrays of x's size in float32 beside
-    x, which a block keeps as it is: 0.2 of all that training keeps without remat.
+    x, which a block keeps as it is.
 
     Source: RMSNorm (arXiv 1910.07467), equation 4.
     """

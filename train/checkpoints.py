@@ -12,11 +12,13 @@ import hashlib
 import json
 import logging
 import os
+import queue
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -53,6 +55,16 @@ _OF_NO_USE = re.compile(r".*Skipping merge of OCDBT|TensorStore data files not f
 # Orbax warns at every save and load that there is no OCDBT, which was not asked for, and prints what goes wrong in its
 # threads with a traceback, though it is raised all the same.
 logging.getLogger("absl").addFilter(lambda record: not _OF_NO_USE.match(str(record.msg)))
+
+
+class Saved(NamedTuple):
+    """A step that is whole on the disk."""
+
+    step: int
+    seconds: float
+    """From when it was to be saved."""
+    stalled: float
+    """Of these, the ones that `save` took, in which nobody trained."""
 
 
 class Checkpoints:
@@ -92,6 +104,7 @@ class Checkpoints:
         self.restored: int | None = None
         """The step that this run goes on from."""
         self._saves = 0
+        self._whole: queue.SimpleQueue[Saved] = queue.SimpleQueue()
 
     def use_model(self, model: str | os.PathLike[str]) -> None:
         """From the next save on steps get the files of this folder, as when a phase of a run changes config.json.
@@ -121,6 +134,7 @@ class Checkpoints:
           OSError: if an earlier save failed, or this one cannot be begun; with `wait` also if it fails.
           ValueError: if the folder holds later steps of a run that this one does not continue.
         """
+        begin = time.monotonic()
         self.wait()
         arrays, _ = _named(state)
         extra = dict(extra or {})
@@ -132,18 +146,21 @@ class Checkpoints:
                 "continue it: resume that run, or choose another folder"
             )
         vouched = digests(arrays)
-        where, files = self._place(step), self._files
+        where, files = self.place(step), self._files
         self._saves += 1
         with self._named_failure(step):
             name = f"state-{self._prepared(step)}"
             with _context(arrays):
                 written = ocp.save_async(where / name, arrays)
+        copied = time.monotonic() - begin
         stored = {key: Stored(str(array.dtype), tuple(array.shape), vouched[key]) for key, array in arrays.items()}
 
         def finish() -> None:
             with self._named_failure(step):
                 written.result()
                 self._agreed(lambda: self._commit(Manifest(step, name, stored, {}, extra), files, later), where, name)
+            seconds = time.monotonic() - begin
+            self._whole.put(Saved(step, seconds, seconds if self._wait else copied))
             # Behind the barrier: the others do not wait for it, and a step that is saved does not fail by it.
             if jax.process_index() == 0:
                 self._remove_old(where, name)
@@ -152,10 +169,15 @@ class Checkpoints:
         if self._wait:
             self.wait()
 
-    def check(self) -> None:
-        """Raises the OSError of a save that has failed in the background since the last call; never waits."""
+    def check(self) -> list[Saved]:
+        """The steps that have become whole since the last call; never waits.
+
+        Raises:
+          OSError: if a save has failed in the background since then.
+        """
         if self._pending is not None and self._pending.done():
             self.wait()
+        return [self._whole.get() for _ in range(self._whole.qsize())]
 
     def wait(self) -> None:
         """Until what was saved is on the disk. Raises the OSError of a save that failed."""
@@ -240,7 +262,8 @@ class Checkpoints:
         if not everywhere:
             raise OSError(f"another process could not verify step {step}: see what it says")
 
-    def _place(self, step: int) -> epath.Path:
+    def place(self, step: int) -> epath.Path:
+        """The folder of a step, whether it is there or not."""
         return self.folder / f"{step:08d}"
 
     def _opened(self, step: int) -> tuple[epath.Path, Manifest]:
@@ -248,8 +271,10 @@ class Checkpoints:
             there = f"there are {', '.join(map(str, steps))}" if steps else "there are none"
             raise ValueError(f"{self.folder} has no step {step}: {there}")
         with self._advised(step):
-            folder = self._place(step)
+            folder = self.place(step)
             manifest = read_manifest(folder)
+            if manifest.step != step:
+                raise ValueError(f"{folder} holds step {manifest.step}; give the folder its name back")
             _finish_replacing(folder, manifest.files)
             return folder, manifest
 
@@ -308,13 +333,13 @@ class Checkpoints:
         """Removes what interrupted saves left behind; returns the number of the state that is to be written."""
         number = 0
         if jax.process_index() == 0:
-            torn = {self._place(step)}
+            torn = {self.place(step)}
             if self._saves == 1 and self.folder.exists():
                 torn |= {entry for entry in self.folder.iterdir() if STEP_NAME.fullmatch(entry.name)}
             for place in torn:
                 if place.exists():
-                    _remove_remains(place)
-            states = _states(self._place(step)) if self._place(step).exists() else {}
+                    _remove_remains(place, self._files)
+            states = _states(self.place(step)) if self.place(step).exists() else {}
             number = 1 + max(states.values(), default=-1)
         return int(_from_first(np.int32(number)))
 
@@ -337,7 +362,7 @@ class Checkpoints:
 
         A step that is replaced keeps its own files until then; new ones wait beside them under other names.
         """
-        place = self._place(manifest.step)
+        place = self.place(manifest.step)
         replaces = (place / MANIFEST).exists()
         waiting = {}
         for name, content in files.items():
@@ -356,7 +381,7 @@ class Checkpoints:
         if local:
             sync(Path(partial))
         for step in later:
-            (self._place(step) / MANIFEST).replace(self._place(step) / _ABANDONED)
+            (self.place(step) / MANIFEST).replace(self.place(step) / _ABANDONED)
         partial.replace(place / MANIFEST)
         if local:
             sync(Path(place))
@@ -371,7 +396,7 @@ class Checkpoints:
             (place / _ABANDONED).unlink(missing_ok=True)
             _remove_states(place, {state})
             for step in set(self.steps()) - kept(self.steps(), self._keep_last, self._keep_every):
-                _remove_step(self._place(step))
+                _remove_step(self.place(step))
         except OSError as error:
             # The step is saved; what could not be removed is tried again after the next one.
             _LOG.warning("an old checkpoint could not be removed: %s", reason(error))
@@ -441,8 +466,12 @@ def _finish_replacing(place: epath.Path, files: Mapping[str, str]) -> None:
                     new.replace(place / name)
 
 
-def _remove_remains(place: epath.Path) -> None:
-    """Of a save that never got to its end: what no manifest names. Leaves alone what is not ours, or cannot be read."""
+def _remove_remains(place: epath.Path, files: Iterable[str]) -> None:
+    """Of a save that never got to its end: what no manifest names. Leaves alone what is not ours, or cannot be read.
+
+    Args:
+      files: the names of the model's, which come before the manifest.
+    """
     keep = set()
     for name in (MANIFEST, _ABANDONED):
         if (place / name).exists():
@@ -456,8 +485,10 @@ def _remove_remains(place: epath.Path) -> None:
     _remove_states(place, keep)
     (place / _PARTIAL).unlink(missing_ok=True)
     for entry in place.iterdir():
-        if entry.name.startswith(_NEW):
+        if entry.name.startswith(_NEW) or (not keep and entry.name in files):
             entry.unlink()
+    if not any(place.iterdir()):
+        place.rmdir()
 
 
 def _remove_step(place: epath.Path) -> None:

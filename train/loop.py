@@ -105,6 +105,7 @@ class Loop:
             status = self._run_stage(number)
         self._save()
         self._checkpoints.wait()
+        self._check_saves()
         if status:  # who is asked to stop has no time to read
             self._reporter.event("stopped", step=self._step, next="it is saved; the same command goes on from it")
         else:
@@ -140,7 +141,7 @@ class Loop:
                 if bad is not None:
                     self._go_back(number, bad)
                     return 0
-                self._checkpoints.check()
+                self._check_saves()
                 if reports:
                     self._report(stage, metrics, None if stop else validation)  # who is stopped has no time
                 if saves:
@@ -215,6 +216,7 @@ class Loop:
         """
         stage = self._stages[number]
         self._checkpoints.wait()
+        self._check_saves()
         target = max(self._own.intersection(self._checkpoints.steps()))
         if len(self._windows) >= self._limits.max_rollbacks:
             raise ValueError(
@@ -256,9 +258,13 @@ class Loop:
         self._checkpoints.save(self._step, self._state)
         self._saved = self._step
         self._own.add(self._step)
-        seconds = time.monotonic() - begin
-        self._reporter.event("checkpoint", step=self._step, seconds=round(seconds, 3))
-        self._interval.pause(seconds)
+        self._check_saves()
+        self._interval.pause(time.monotonic() - begin)
+
+    def _check_saves(self) -> None:
+        """Tells of steps that are whole by now. Raises the OSError of a save that failed."""
+        for step, seconds, stalled in self._checkpoints.check():
+            self._reporter.event("checkpoint", step=step, seconds=round(seconds, 3), stalled=round(stalled, 3))
 
 
 class _Interval:

@@ -55,7 +55,7 @@ def run(options: Plot) -> int:
         raise ValueError("no run to plot; give the folder of one or more")
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
         raise ValueError(f"--out is a picture to write, in a folder that is there; got {options.out}")
-    if options.out.suffix.lower() not in ("", ".png"):
+    if options.out.suffix.lower() != ".png":
         raise ValueError(f"--out is a PNG, the only kind of picture that is drawn; name it .png, got {options.out}")
     histories = [read_metrics(folder) for folder in options.runs]
     for folder, history in zip(options.runs, histories, strict=True):
@@ -119,6 +119,7 @@ def smoothed(values: np.ndarray, width: int) -> np.ndarray:
       values: [N] float64.
       width: 1 or more.
     """
+    width = min(width, 2 * len(values))  # a wider one has nothing more to count
     known = ~np.isnan(values)
     kernel = np.ones(width)
     before = width // 2

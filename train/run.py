@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from tyro.conf import Positional, Suppress, arg
 
 from sharding.planner.request import Remat
@@ -12,18 +13,25 @@ from train.data.readers import MAX_BAD_RECORDS
 
 Dtype = Literal["float32", "bfloat16"]
 
+_MOST = np.iinfo(np.int32).max
+_TINY, _LARGE = (float(bound) for bound in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
 
 def _check(**limits: tuple[float | None, int]) -> None:
     """Refuses options, given with the least that they may be."""
     for name, (value, least) in limits.items():
         if value is not None and not least <= value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+        if value is not None and value > _MOST:  # steps, rows and seeds are int32 in the compiled programs
+            raise ValueError(f"--{name.replace('_', '-')} must be below 2**31, got {value}")
 
 
 def _check_positive(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {value}")
+        if value is not None and not _TINY <= value <= _LARGE:
+            raise ValueError(f"--{name.replace('_', '-')} must fit into float32, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +55,13 @@ class Phase:
 class Start:
     """The model, and the weights to start from."""
 
-    model: Annotated[str | None, arg(metavar="NAME|FOLDER")] = None
+    model: Annotated[str | None, arg(metavar="NAME|FOLDER", help_behavior_hint="(default: that of --init)")] = None
     """Published model, as qwen2-0.5b, or a folder with a config.json; its weights are drawn at random."""
-    init: Annotated[str | None, arg(metavar="NAME|FOLDER")] = None
+    init: Annotated[str | None, arg(metavar="NAME|FOLDER", help_behavior_hint="(default: none)")] = None
     """Checkpoint whose weights to start from: a hub id, or a folder, also a step of a run; instead of --model."""
-    tokenizer: Annotated[str | None, arg(metavar="NAME|FOLDER", help_behavior_hint="(default: the one of --init)")] = (
-        None
-    )
+    tokenizer: Annotated[
+        str | None, arg(metavar="NAME|FOLDER", help_behavior_hint="(default: in the folder of --init or --model)")
+    ] = None
     """Folder with the tokenizer's files, or a hub id, as Qwen/Qwen2-0.5B; every checkpoint gets a copy."""
 
 
@@ -65,7 +73,7 @@ class Text:
     """Folders that `train tokenize` made, or text: files, folders, globs of jsonl, parquet, Arrow, ArrayRecord, txt."""
     weights: Annotated[tuple[float, ...], arg(metavar="X...", help_behavior_hint="(default: by size)")] = ()
     """Share of the tokens that each of --data gets."""
-    field: str = "text"
+    field: Annotated[str, arg(metavar="NAME")] = "text"
     """Name of the text in records."""
     cache: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: RUN/tokens)")] = None
     """Where text is kept once it is tokenized."""
@@ -170,13 +178,13 @@ class Compute:
     """Room of an expert, as a multiple of its even share; choices beyond it are dropped, and counted."""
     no_plan: bool = False
     """Start even if the planner's formula says that the run does not fit the devices' memory."""
-    compilation_cache: Annotated[str | None, arg(metavar="FOLDER")] = None
+    compilation_cache: Annotated[str | None, arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
     """Where compiled programs are kept between runs; not with several CPU devices, whose cached programs deadlock."""
-    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT", help_behavior_hint="(default: as JAX finds it)")] = None
     """Address of process 0, where JAX does not find the cluster by itself; with --processes and --process."""
-    processes: Annotated[int | None, arg(metavar="N")] = None
+    processes: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as JAX finds it)")] = None
     """How many processes the run has."""
-    process: Annotated[int | None, arg(metavar="N")] = None
+    process: Annotated[int | None, arg(metavar="N", help_behavior_hint="(default: as JAX finds it)")] = None
     """Which of them this one is, from 0."""
 
     def __post_init__(self):
@@ -228,9 +236,9 @@ class Output:
     """Print what metrics.jsonl gets, an object on a line, instead of lines for people."""
     tensorboard: bool = False
     """Also write for TensorBoard (pip install 'qwen2-jax[tensorboard]')."""
-    wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
+    wandb: Annotated[str | None, arg(metavar="PROJECT", help_behavior_hint="(default: none)")] = None
     """Also report to Weights & Biases (pip install 'qwen2-jax[wandb]')."""
-    profile: Annotated[tuple[int, int] | None, arg(metavar="FIRST LAST")] = None
+    profile: Annotated[tuple[int, int] | None, arg(metavar="FIRST LAST", help_behavior_hint="(default: none)")] = None
     """Steps to trace for XProf, into RUN/profile."""
 
     def __post_init__(self):
@@ -249,17 +257,17 @@ class Run:
     checkpoint, SIGTERM and Ctrl-C none (they save, and exit with 75). docs/training.md has the details.
     """
 
-    file: Annotated[Positional[str | None], arg(metavar="FILE|PRESET")] = None
-    """Run file, or name of a preset (docs/training.md lists them)."""
+    file: Annotated[Positional[str | None], arg(metavar="[FILE|PRESET]", help_behavior_hint="(default: none)")] = None
+    """Run file, or name of a preset (docs/training.md lists them); ahead of all options."""
     out: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(required)")] = None
     """Folder of the run: options, metrics and checkpoints."""
-    start: Annotated[Start, arg(name="")] = Start()
-    text: Annotated[Text, arg(name="")] = Text()
-    held_out: Annotated[HeldOut, arg(name="")] = HeldOut()
-    optimization: Annotated[Optimization, arg(name="")] = Optimization()
-    compute: Annotated[Compute, arg(name="")] = Compute()
-    safety: Annotated[Safety, arg(name="")] = Safety()
-    output: Annotated[Output, arg(name="")] = Output()
+    start: Start = Start()
+    text: Text = Text()
+    held_out: HeldOut = HeldOut()
+    optimization: Optimization = Optimization()
+    compute: Compute = Compute()
+    safety: Safety = Safety()
+    output: Output = Output()
     phases: Annotated[tuple[Phase, ...], Suppress] = ()
 
     @property

@@ -16,6 +16,7 @@ from qwen2_jax.command import parse
 from train.run import Phase, Run
 
 PROG = "qwen2-jax train pretrain"
+_LISTS = ("data", "weights", "validation_data", "profile")
 _PRESETS = resources.files("train") / "presets"
 
 
@@ -91,12 +92,22 @@ def _locate(name: str) -> Any:
     raise ValueError(f"{name} is neither a run file (NAME.yaml) nor a preset; presets like it: {', '.join(near)}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands there twice: YAML itself takes the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise yaml.MarkedYAMLError(problem=f"{', '.join(twice)} given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_file(path: Any) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        options = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError also of dates that there are not
         raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(options, dict) or not all(isinstance(name, str) for name in options):
+    if not isinstance(options, dict) or not options or not all(isinstance(name, str) for name in options):
         raise ValueError(f"{path} holds no options; a run file has lines such as learning_rate: 3e-4")
     return options
 
@@ -109,7 +120,12 @@ def _as_flags(file: str, options: Mapping[str, Any]) -> list[str]:
             raise ValueError(_unknown(f"{file}: there is no option {name}", name, known))
         if isinstance(value, dict):
             raise ValueError(f"{file}: {name} must be a value or a list, got a table")
-        if value is None or (value is False and known[name] is False):
+        if isinstance(known[name], bool) != isinstance(value, bool) and value is not None:
+            expected = "true or false" if isinstance(known[name], bool) else "a value; a word such as yes needs quotes"
+            raise ValueError(f"{file}: {name} must be {expected}, got {value!r}")
+        if isinstance(value, list) and name not in _LISTS:
+            raise ValueError(f"{file}: {name} must be one value, got {value!r}")
+        if value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         flags += [f"--{name.replace('_', '-')}", *map(str, values)]

@@ -80,16 +80,20 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def note_start(run: Run, folder: Path, step: int, texts: Sequence[str] = (), begun: int = 0) -> list[str]:
+def note_start(
+    run: Run, folder: Path, step: int, texts: Sequence[str] = (), begun: int = 0, others: Sequence[str] = ()
+) -> list[str]:
     """Writes the options of this start, and where it takes place, into the folder.
 
     Args:
       step: that the run goes on from.
       texts: a digest of every phase's data.
       begun: so many phases were begun before.
+      others: changes that no option tells of, as "name: old -> new".
 
     Returns:
-      The options that differ from those of the start before, as "name: old -> new", of those that change numbers.
+      The options that differ from those of the start before, as "name: old -> new", of those that change numbers; and
+      the others.
 
     Raises:
       ValueError: if the options of the start before cannot be read; or if no option says that the data of a phase
@@ -110,6 +114,7 @@ def note_start(run: Run, folder: Path, step: int, texts: Sequence[str] = (), beg
             "same name: its text changed, or this version cuts it into other rows; bring the text or the version back, "
             "or, if the run is to go on with the new rows, give the data another name"
         )
+    changes += others
     multihost_utils.sync_global_devices("start")  # what is written now, all have read as it was before
     if jax.process_index() == 0:
         write_whole(folder / OPTIONS, yaml.safe_dump(options, sort_keys=False).encode())
@@ -186,14 +191,16 @@ def _read_options(path: Path) -> dict[str, Any]:
         return {}
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # also of dates that there are not
         raise ValueError(f"{path} is not YAML any more: {error}") from None
-    return options if isinstance(options, dict) else {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is damaged: it no longer holds the options of the run; remove it to go on without")
+    return options
 
 
 def _texts_before(path: Path) -> list[str]:
     """Digests of the data at the last start; none if there was none, or it did not come to write them."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     for line in reversed(lines):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a line may be torn
             return list(json.loads(line)["texts"])

@@ -9,6 +9,7 @@ from convert.files import expanded
 from qwen2_jax.progress import byte_progress
 from train.data.batches import Rows
 from train.data.encode import Encoding
+from train.data.files import check_apart
 from train.data.packing import packed_rows
 from train.data.source import Source, open_store
 from train.data.store import MANIFEST, TokenStore
@@ -28,10 +29,12 @@ def rows_of_text(run: Run) -> RowsOf:
         `packed_rows`, and for tokens that are not what was written.
       OSError: the function returned, if data cannot be read, or tokens cannot be written.
     """
+    assert run.out is not None
     for phase in run.stretches:
         paths, weights = phase.data or (), phase.weights or ()
         if not paths:
             raise ValueError("--data is missing: name folders of tokens, or text")
+        check_apart(run.out, paths)
         if weights and len(weights) != len(paths):
             raise ValueError(f"--weights has {len(weights)} numbers for the {len(paths)} of --data; give one for each")
 

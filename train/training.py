@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 
 from convert.checkpoint import open_checkpoint
 from convert.chunks import Source
-from convert.files import shown, write_whole
+from convert.files import expanded, shown, write_whole
 from convert.folder import carried_files, check_vocabulary, config_bytes, local_folder, splitting_warnings
 from convert.load import load_open
 from qwen2_jax.config import Qwen2Config
+from qwen2_jax.json_object import read_json_object
 from qwen2_jax.model import abstract_params
 from qwen2_jax.tokenizer import Tokenizer, tokenizer_file
 from sharding.mesh import MeshSpec, make_mesh
@@ -104,7 +105,8 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
             state, _ = checkpoints.restore(resumed, abstract)
         texts = [stage.batches.digest for stage in stages]
         begun = sum(stage.first < (resumed or 0) for stage in stages)
-        changes = note_start(run, run.out, resumed or 0, texts, begun)
+        other = [] if resumed is None else _config_changes(checkpoints, resumed, models[max(begun - 1, 0)])
+        changes = note_start(run, run.out, resumed or 0, texts, begun, other)
         stop = enter(watch_for_stop())
         reporter = enter(
             Reporter(
@@ -117,7 +119,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
             )
         )
         profile = None if output.profile is None else enter(Profile(run.out / "profile", *output.profile))
-        reporter.start(_facts(run, configs[0], spec, resumed))
+        reporter.start(_facts(run, configs[0], spec, stages, resumed))
         if changes:
             reporter.event("options", step=resumed or 0, changed="; ".join(changes))
         limits = Limits(
@@ -150,6 +152,8 @@ def tokenizer_of(run: Run) -> Path:
       ValueError: if none was named, it cannot be downloaded, or the folder holds none.
     """
     name = run.start.tokenizer or run.start.init
+    if name is None and run.start.model is not None and tokenizer_file(expanded(run.start.model)) is not None:
+        name = run.start.model
     if name is None:
         raise ValueError("--tokenizer is missing: name a folder with tokenizer.json, or a hub id, as Qwen/Qwen2-0.5B")
     folder = local_folder(name, weights="none")
@@ -212,7 +216,8 @@ def _optimizer(run: Run) -> optax.GradientTransformation:
         decay = max(1, run.steps // 10) if how.decay is None else how.decay
     if run.warm_up + decay > run.steps:
         ends = f" and a decay of {decay} at its end" if decay else ""
-        fitting = f"--warmup {max(run.steps - decay, 0)} or less" + (", or a shorter --decay" if decay else "")
+        most = max(run.steps - decay, 0)
+        fitting = f"--warmup {most}" + " or less" * (most > 0) + ", or a shorter --decay" * (decay > 0)
         raise ValueError(
             f"a warm-up of {run.warm_up} steps{ends} does not fit into a run of {run.steps} steps; give {fitting}"
         )
@@ -284,6 +289,16 @@ def _write_model(run: Run, config: Qwen2Config, tokenizer: Path, phase: int) -> 
     return folder
 
 
+def _config_changes(checkpoints: Checkpoints, step: int, model: Path) -> list[str]:
+    """What the model's config.json says otherwise than that of a step, whose arrays may fit it all the same."""
+    before, now = (read_json_object(folder / "config.json") for folder in (checkpoints.place(step), model))
+    return [
+        f"{name} in config.json: {before.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in ("dtype", "torch_dtype") and before.get(name) != value
+    ]
+
+
 def _resumed(run: Run, checkpoints: Checkpoints) -> int | None:
     """The step to go on from; None begins anew."""
     steps, wanted = _steps(checkpoints), run.safety.resume
@@ -323,9 +338,12 @@ def _already_there(run: Run, checkpoints: Checkpoints, step: int) -> int:
     return 0
 
 
-def _facts(run: Run, config: Qwen2Config, spec: MeshSpec, resumed: int | None) -> dict[str, str]:
+def _facts(
+    run: Run, config: Qwen2Config, spec: MeshSpec, stages: Sequence[Stage], resumed: int | None
+) -> dict[str, str]:
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract_params(config)))
     devices = jax.devices()
+    processes = "1 process" if jax.process_count() == 1 else f"{jax.process_count()} processes"
     phases = "; then ".join(
         f"{phase.steps:,} steps of {phase.batch} x {phase.seq:,} tokens"
         + ("" if phase.rope_theta is None else f", rope base {phase.rope_theta:g}")
@@ -334,7 +352,8 @@ def _facts(run: Run, config: Qwen2Config, spec: MeshSpec, resumed: int | None) -
     return {
         "run": str(run.out),
         "model": f"{run.start.model or run.start.init}, {count / 1e6:,.1f} M parameters",
-        "devices": f"{len(devices)} x {devices[0].device_kind}, {jax.process_count()} processes, mesh {spec}",
+        "devices": f"{len(devices)} x {devices[0].device_kind}, {processes}, mesh {spec}",
         "phases": phases,
+        "data": "; then ".join(stage.batches.described(stage.last - stage.first) for stage in stages),
         "from": "the beginning" if resumed is None else f"step {resumed:,}",
     }

@@ -117,6 +117,6 @@ def read_config(model: str) -> Qwen2Config:
     path = Path(model) / "config.json"
     if path.is_file():
         return Qwen2Config.from_hf(read_json_object(path))
-    if model.lower() not in PUBLISHED and (Path(model).exists() or "/" in model):
+    if model.lower() not in PUBLISHED:
         raise ValueError(f"{model} is no folder with a config.json; published models are {', '.join(PUBLISHED)}")
     return published(model)

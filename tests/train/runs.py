@@ -53,6 +53,9 @@ class RandomRows:
 
     digest = "made up"
 
+    def described(self, count: int) -> str:
+        return f"{count} rows"
+
     def __init__(self, seq: int, seed: int = 0):
         self._seq, self._seed = seq, seed
 

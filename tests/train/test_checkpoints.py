@@ -350,11 +350,12 @@ def test_check_does_not_wait(open_run, slow_commit):
     run = open_run()
     run.save(1, small_state())
     begin = time.monotonic()
-    run.check()
+    assert run.check() == [], "a step is told of once it is whole, and not before"
     assert time.monotonic() - begin < 0.3
     run.wait()
-    run.check()
-    assert run.steps() == [1]
+    (whole,) = run.check()
+    assert whole.step == 1 and whole.stalled < whole.seconds and run.steps() == [1]
+    assert run.check() == []
 
 
 def test_a_step_that_failed_is_not_taken_for_saved(open_run):
@@ -599,12 +600,15 @@ def test_remains_of_a_crash_are_removed_and_nothing_else(open_run, model):
         (folder / name).mkdir(parents=True)
     (folder / "00000003/.manifest.json.partial").write_text("{")
     (folder / "00000003/mine.txt").write_text("years of work")
+    (folder / "00000005/state-0").mkdir(parents=True)
+    for name in ("config.json", "tokenizer.json"):  # killed just ahead of the manifest
+        (folder / "00000005" / name).write_bytes((model / name).read_bytes())
     run = open_run()
     assert run.steps() == []
     saved(run, 2)
     assert run.steps() == [2]
     assert [path.name for path in (folder / "00000003").iterdir()] == ["mine.txt"]
-    assert (folder / "00000004/other/state-0").is_dir()
+    assert (folder / "00000004/other/state-0").is_dir() and not (folder / "00000005").exists()
     run.verify(2)
 
 

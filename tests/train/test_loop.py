@@ -301,7 +301,7 @@ def test_a_long_step_is_told_of_and_how_to_stop_it(train_run, tmp_path, monkeypa
 
 
 def test_events_are_lines_of_json(poisoned, tmp_path):
-    poisoned({1}, tmp_path / "run", "--log-every", 6)
+    poisoned({1}, tmp_path / "run", "--log-every", 6, "--wait-for-saves")
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     names = [record.get("event", "step") for record in map(json.loads, lines)]
     assert names == "start checkpoint compiled skip checkpoint step checkpoint step checkpoint finished".split()

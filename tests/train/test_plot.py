@@ -90,14 +90,14 @@ def test_smoothing():
 
 def test_picture(tmp_path, capsys):
     runs = tuple(make_run(tmp_path / name, [(0, [10, 20])], [("checkpoint", {"step": 20})]) for name in ("a", "$b$^"))
-    out = tmp_path / "picture"  # no ending: still a PNG
+    out = tmp_path / "picture.png"
     assert run(Plot(runs, out, smooth=2)) == 0
     data = out.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n") and data.endswith(b"IEND\xaeB`\x82")
     assert struct.unpack(">II", data[16:24]) == (1500, 1050)
     said = [f"{runs[0]}: 2 intervals, to step 20", f"{runs[1]}: 2 intervals, to step 20", f"{out} is drawn"]
     assert capsys.readouterr().out.splitlines() == said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["$b$^", "a", "picture"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["$b$^", "a", "picture.png"]
     assert run(Plot(runs, out, json=True)) == 0
     told = [{"run": str(folder), "intervals": 2, "step": 20} for folder in runs]
     assert json.loads(capsys.readouterr().out) == {"out": str(out), "runs": told}

@@ -104,11 +104,11 @@ def test_options_and_starts(tmp_path):
     other = read_run(["--out", str(tmp_path), "--data", "b", "c", "--steps", "7", "--save-every", "3", "--seed", "1"])
     changes = note_start(other, tmp_path, 4)
     assert changes == ["data: ['a'] -> ['b', 'c']", "seed: 0 -> 1", "steps: 5 -> 7"]  # save_every changes no number
-    assert note_start(other, tmp_path, 4) == []
+    assert note_start(other, tmp_path, 4, others=["x: 1 -> 2"]) == ["x: 1 -> 2"]
     phased = dataclasses.replace(other, phases=(Phase(7), Phase(2, seq=8192)))
     assert note_start(phased, tmp_path, 4) == ["phases: [] -> [{'steps': 7}, {'steps': 2, 'seq': 8192}]"]
     starts = [json.loads(line) for line in (tmp_path / STARTS).read_text().splitlines()]
-    assert [(start["step"], start["changes"]) for start in starts[:3]] == [(0, []), (4, changes), (4, [])]
+    assert [(start["step"], start["changes"]) for start in starts[:3]] == [(0, []), (4, changes), (4, ["x: 1 -> 2"])]
     assert starts[0].keys() >= {"time", "command", "git", "python", "versions", "devices", "processes"}
 
 

@@ -210,6 +210,20 @@ def test_a_run_that_is_complete(train_run, undisturbed, capsys, tmp_path):
         train_run(folder, "--steps", 10)
 
 
+def test_a_model_that_changed_under_the_same_name_is_told(train_run, model, undisturbed, tmp_path):
+    """The arrays of a checkpoint fit a model of another rope base as well."""
+    copy, other = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(undisturbed[0], copy)
+    shutil.copytree(model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 500.0}))
+    train_run(copy, "--model", other, "--steps", 13)
+    (told,) = events(copy, "options")
+    assert "rope_theta in config.json: 10000.0 -> 500.0" in told["changed"]
+    (_, start) = map(json.loads, (copy / "starts.jsonl").read_text().splitlines())
+    assert "rope_theta in config.json: 10000.0 -> 500.0" in start["changes"]
+
+
 def test_a_damaged_checkpoint_is_not_gone_on_from(train_run, undisturbed, tmp_path):
     folder, _ = undisturbed
     shutil.copytree(folder, tmp_path / "run")
@@ -314,7 +328,7 @@ def test_a_folder_that_cannot_be_made(train_run, tmp_path):
     [
         ("--model= --init=", "name the model by --model"),
         ("--init {model}", "name the model by --model .* or by --init .*, not by both"),
-        ("--model qwen3-1b", "unknown model|qwen3-1b"),
+        ("--model qwen3-1b", "qwen3-1b is no folder with a config.json; published models are"),
         ("--tokenizer /nowhere", "there is no folder /nowhere; for a model of the Hugging Face hub write owner/name"),
         ("--tokenizer {folder}", "holds no tokenizer; --tokenizer names a folder with tokenizer.json, or a hub id"),
         ("--batch 12 --accumulate 5", "a batch of 12 rows does not divide into 5 parts"),
@@ -387,8 +401,12 @@ def test_a_tokenizer_of_the_hub(train_run, tmp_path, monkeypatch):
     start = dataclasses.replace(run.start, tokenizer=None, model=None, init="Qwen/Qwen2-1.5B")
     assert tokenizer_of(dataclasses.replace(run, start=start)) == train_run.model
     assert asked == [("Qwen/Qwen2-0.5B", "none"), ("Qwen/Qwen2-1.5B", "none")]
-    with pytest.raises(ValueError, match="--tokenizer is missing: name a folder with tokenizer.json, or a hub id"):
-        tokenizer_of(dataclasses.replace(run, start=dataclasses.replace(start, init=None)))
+    beside = dataclasses.replace(start, init=None, model=str(train_run.model))
+    assert tokenizer_of(dataclasses.replace(run, start=beside)) == train_run.model
+    for model in (None, "qwen2-0.5b", str(tmp_path)):
+        nowhere = dataclasses.replace(start, init=None, model=model)
+        with pytest.raises(ValueError, match="--tokenizer is missing: name a folder with tokenizer.json, or a hub id"):
+            tokenizer_of(dataclasses.replace(run, start=nowhere))
 
 
 @pytest.mark.parametrize(
@@ -396,11 +414,12 @@ def test_a_tokenizer_of_the_hub(train_run, tmp_path, monkeypatch):
     [
         ("", "--data is missing: name folders of tokens, or text"),
         ("--data a b --weights 1", "--weights has 1 numbers for the 2 of --data; give one for each"),
+        ("--data {parent}", "run lies in .*, all of which is read"),
     ],
 )
 def test_refuses_without_data(flags, message, train_run, tmp_path):
     with pytest.raises(ValueError, match=message):
-        rows_of_text(train_run.run(tmp_path / "run", *flags.split()))
+        rows_of_text(train_run.run(tmp_path / "run", *flags.format(parent=tmp_path).split()))
     assert not (tmp_path / "run").exists()
 
 

@@ -27,6 +27,10 @@ class Rows(Protocol):
         """Of what the rows are made from, and of how: equal for equal data, wherever it lies."""
         ...
 
+    def described(self, count: int) -> str:
+        """What they are made from, and how often the first `count` rows go through it, for people."""
+        ...
+
 
 class Batches:
     """Batch i holds the rows i * A * B up to (i + 1) * A * B: a pytree as of a row, each array with all rows' in front.
@@ -53,6 +57,10 @@ class Batches:
     def digest(self) -> str:
         """As of `Rows`."""
         return self._rows.digest
+
+    def described(self, count: int) -> str:
+        """As of `Rows`, of so many batches."""
+        return self._rows.described(count * int(np.prod(self._shape)))
 
     def at(self, index: int) -> Any:
         """Batch `index`, of global arrays. Each process reads only the rows of its own devices, and once another."""

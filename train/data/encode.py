@@ -46,11 +46,12 @@ def end_id(tokenizer: Tokenizer, end: str | None) -> int:
     Raises:
       ValueError: if the tokenizer does not have it.
     """
-    id = tokenizer.backend.token_to_id(END_OF_DOCUMENT if end is None else end)
+    named = END_OF_DOCUMENT if end is None else end
+    id = tokenizer.backend.token_to_id(named)
     if id is None and end is None and tokenizer.eos_ids:
         id = tokenizer.eos_ids[0]
     if id is None:
-        raise ValueError(f"the tokenizer has no token {end or END_OF_DOCUMENT!r} to end documents with; name another")
+        raise ValueError(f"the tokenizer has no token {named!r} to end documents with; name another")
     return id
 
 
@@ -101,14 +102,16 @@ class Encoder:
             os.replace(beside, place)
         finally:
             beside.unlink(missing_ok=True)
+        numbers = np.array(lengths, "<u8").tobytes()
         receipt = {
             **counts,
             "documents": len(lengths),
             "tokens": sum(lengths),
             "sha256": sha.hexdigest(),
+            "lengths_sha256": hashlib.sha256(numbers).hexdigest(),
             "named": [list(record) for record in bad[:NAMED]],
         }
-        write_whole(lengths_file(self._folder, number), np.array(lengths, "<u8").tobytes(), beside.parent)
+        write_whole(lengths_file(self._folder, number), numbers, beside.parent)
         write_whole(receipt_file(self._folder, number), json.dumps(receipt).encode(), beside.parent)
         return receipt
 

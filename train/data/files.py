@@ -3,7 +3,8 @@
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +39,9 @@ class DataFile(NamedTuple):
     """When, in nanoseconds since 1970."""
 
 
-def find_files(sources: Sequence[str], kind: str | None = None) -> list[DataFile]:
+def find_files(
+    sources: Sequence[str], kind: str | None = None, left_out: Callable[[Path], object] = lambda path: None
+) -> list[DataFile]:
     """The files that `sources` name: files, globs (`**` for any depth), and folders, walked in order of names.
 
     A folder yields the files whose names tell their kind (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .feather,
@@ -47,6 +50,7 @@ def find_files(sources: Sequence[str], kind: str | None = None) -> list[DataFile
 
     Args:
       kind: of all files, whatever their names; a folder then yields all that are not hidden.
+      left_out: is told each file of a folder whose name does not tell its kind.
 
     Raises:
       ValueError: for a source that does not exist or has no files, and for a file that is named twice.
@@ -56,7 +60,7 @@ def find_files(sources: Sequence[str], kind: str | None = None) -> list[DataFile
         raise ValueError("there are no sources; name files, folders or globs")
     if kind is not None and kind not in KINDS:
         raise ValueError(f"{kind!r} is no kind of file; known ones are {', '.join(KINDS)}")
-    files = [_data_file(path, kind) for source in sources for path in _paths(source, kind)]
+    files = [_data_file(path, kind) for source in sources for path in _paths(source, kind, left_out)]
     seen: set[str] = set()
     for file in files:
         real = os.path.realpath(file.path)
@@ -66,22 +70,36 @@ def find_files(sources: Sequence[str], kind: str | None = None) -> list[DataFile
     return files
 
 
-def _paths(source: str, kind: str | None) -> Iterator[Path]:
+def check_apart(place: Path, sources: Sequence[str]) -> None:
+    """Raises ValueError if `place`, where something is to be written, lies in a folder of `sources`.
+
+    What is written there would be read as a source the next time.
+    """
+    for source in sources:
+        folder = expanded(source)
+        if folder.is_dir() and place.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{shown(place)} lies in {shown(source)}, all of which is read: what is written there would be one of "
+                "the sources the next time; choose a place outside it"
+            )
+
+
+def _paths(source: str, kind: str | None, left_out: Callable[[Path], object]) -> Iterator[Path]:
     path = expanded(source)
     if path.is_dir():
-        yield from _in_folder(path, kind)
+        yield from _in_folder(path, kind, left_out)
     elif path.exists():
         yield path
     elif glob.has_magic(str(path)):
-        found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found = [place for place in sorted(map(Path, glob.glob(str(path), recursive=True))) if not place.is_dir()]
         if not found:
             raise ValueError(f"no file is called {shown(source)}")
-        yield from (found_path for found_path in found if found_path.is_file())
+        yield from found
     else:
         raise ValueError(f"{shown(source)} does not exist; name a file, a folder or a glob")
 
 
-def _in_folder(folder: Path, kind: str | None) -> Iterator[Path]:
+def _in_folder(folder: Path, kind: str | None, left_out: Callable[[Path], object]) -> Iterator[Path]:
     if (folder / "dataset_dict.json").exists():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise ValueError(f"{shown(folder)} holds several splits ({', '.join(splits)}); name one, as in {folder}/train")
@@ -89,11 +107,12 @@ def _in_folder(folder: Path, kind: str | None) -> Iterator[Path]:
     for path in _saved_data_set(folder) or _walk(folder):
         if kind is None and _kind_of(path)[0] is None:
             others += 1
+            left_out(path)
             continue
         found = True
         yield path
     if not found:
-        what = f"only {others} files of unknown kinds" if others else "no files"
+        what = f"only {others} {'file' if others == 1 else 'files'} of unknown kinds" if others else "no files"
         raise ValueError(
             f"{shown(folder)} holds {what}; known are {', '.join(_KIND_OF)}. `train tokenize --kind` says "
             "what they are; a glob, such as 'folder/**/*.py', names plain text"
@@ -123,6 +142,8 @@ def _data_file(path: Path, kind: str | None) -> DataFile:
         status = path.stat()
     except OSError as error:
         raise ValueError(f"{shown(path)} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{shown(path)} is no regular file, and could not be read twice; write it to one first")
     by_name, compression = _kind_of(path)
     if (kind or by_name) is None and _suffix(path) == ".json":
         raise ValueError(

@@ -51,6 +51,8 @@ def packed_rows(sources: Sequence[Source], seq: int, seed: int) -> Rows:
                 f"{shown(source.store.folder)} has {source.store.tokens} tokens in all, fewer than the {seq} of one "
                 "row; take shorter rows, or more data"
             )
+    if sum(source.weight for source in sources) == float("inf"):
+        raise ValueError("the weights are too large to be added up; only their proportions matter, give smaller ones")
     rows = [PackedRows(source.store, seq, seed) for source in sources]
     return rows[0] if len(rows) == 1 else Mixture(rows, [source.weight for source in sources], seed)
 
@@ -69,6 +71,10 @@ class PackedRows:
     @property
     def digest(self) -> str:
         return f"{_VERSION}:{self._store.digest}"
+
+    def described(self, count: int) -> str:
+        size = f"{len(self._store):,} documents, {self._store.tokens:,} tokens"
+        return f"{self._store.folder.name}: {size}, read {count * self._seq / self._store.tokens:.2g} times"
 
     def __getitem__(self, index: int) -> Batch:
         pieces, lengths = [], []
@@ -148,6 +154,10 @@ class Mixture:
     @property
     def digest(self) -> str:
         return " ".join(source.digest for source in self._sources)
+
+    def described(self, count: int) -> str:
+        shares = [count * share // _SHARES for share in self.shares]
+        return ", and ".join(source.described(share) for source, share in zip(self._sources, shares, strict=True))
 
     def __getitem__(self, index: int) -> Batch:
         source, number = self.origin(index)

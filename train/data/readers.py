@@ -177,7 +177,8 @@ def _lines_of_part(part: Part, field: str) -> Iterator[str | Bad]:
             except (EOFError, zlib.error, OSError) as error:
                 if not file.compression or getattr(error, "errno", None):
                     raise
-                yield Bad(file.path, "line", number, f"from here on it cannot be decompressed: {error}")
+                lost = "and how many lines that loses is not known (1 counted)"
+                yield Bad(file.path, "line", number, f"from here on it cannot be decompressed, {lost}: {error}")
                 return
             if not line:
                 return
@@ -420,6 +421,8 @@ def _needs(module: str, file: DataFile) -> None:
 def _check_column(file: DataFile, schema: Any, field: str) -> None:
     import pyarrow
 
+    if schema.names.count(field) > 1:
+        raise ValueError(f"{shown(file.path)} has {schema.names.count(field)} columns {field!r}; leave one of them")
     if field not in schema.names:
         names = ", ".join(schema.names)
         raise ValueError(f"{shown(file.path)} has no column {field!r}; --field names one, of {names}")

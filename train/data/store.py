@@ -2,8 +2,10 @@
 
 import bisect
 import functools
+import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class TokenStore:
         where = shown(self.folder)
         if not is_store(self.folder):
             raise ValueError(f"{where} is no folder of tokens; `qwen2-jax train tokenize` makes one")
-        self.manifest = _manifest(self.folder)
+        self.manifest = read_manifest(self.folder)
         self._dtype = np.dtype(self.manifest["dtype"])
         self._files: list[dict[str, Any]] = self.manifest["files"]
         self._begins = [0, *itertools.accumulate(file["tokens"] for file in self._files)]
@@ -67,6 +69,10 @@ class TokenStore:
             if actual != size:
                 raise ValueError(f"{shown(path)} is damaged: it has {actual} bytes, expected {size}; tokenize again")
         self._offsets = np.memmap(self.folder / OFFSETS, "<u8", mode="r")
+        if self._offsets[-1] != self.tokens:
+            raise ValueError(
+                f"{shown(self.folder / OFFSETS)} is damaged: it does not end with the tokens; tokenize again"
+            )
         self._mapped = functools.lru_cache(_OPEN_FILES)(self._map)
 
     def __len__(self) -> int:
@@ -112,19 +118,39 @@ class TokenStore:
         return np.memmap(self.folder / self._files[file]["name"], self._dtype, mode="r")
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def content_digest(dtype: str, offsets_sha256: str, files_sha256: Sequence[str]) -> str:
+    """Of all that a store holds, by the digests of its files in order."""
+    content = [dtype, offsets_sha256, list(files_sha256)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What manifest.json says.
+
+    Raises:
+      ValueError: if it is damaged, or of another version.
+      OSError: if it cannot be read.
+    """
     path = folder / MANIFEST
-    manifest = json.loads(path.read_bytes())
-    if manifest.get("version") != VERSION:
-        raise ValueError(
-            f"{shown(path)} is of version {manifest.get('version')!r}, this program reads {VERSION}; tokenize again"
-        )
     try:
-        files = [(str(file["name"]), int(file["tokens"]), str(file["sha256"])) for file in manifest["files"]]
-        sound = bool(files) and manifest["dtype"] in ("<u2", "<u4") and manifest["documents"] > 0
-        texts = (manifest["digest"], manifest["offsets_sha256"], manifest["tokenizer"], manifest["task"]["sources"])
-        sound = sound and all(texts) and all(Path(name).name == name and tokens > 0 for name, tokens, _ in files)
-    except (KeyError, TypeError, ValueError):
+        manifest = json.loads(path.read_bytes())
+        if (version := manifest["version"]) != VERSION:
+            raise ValueError(f"{shown(path)} is of version {version!r}, this program reads {VERSION}; tokenize again")
+        files, task = manifest["files"], manifest["task"]
+        numbers = [manifest[name] for name in ("documents", "tokens", "records", "bad", "empty")]
+        numbers += [file[name] for file in files for name in ("documents", "tokens")]
+        texts = [manifest["tokenizer"], *manifest["bad_records"], *(file["name"] for file in files)]
+        digest = content_digest(manifest["dtype"], manifest["offsets_sha256"], [file["sha256"] for file in files])
+        sound = (
+            all(type(number) is int and number >= 0 for number in numbers)
+            and all(isinstance(text, str) for text in texts)
+            and all(Path(file["name"]).name == file["name"] for file in files)
+            and all(manifest[name] == sum(file[name] for file in files) > 0 for name in ("documents", "tokens"))
+            and manifest["dtype"] in ("<u2", "<u4")
+            and isinstance(task["sources"], dict)
+            and manifest["digest"] == digest
+        )
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         sound = False
     if not sound:
         raise ValueError(f"{shown(path)} is damaged; tokenize again")

@@ -1,5 +1,6 @@
 """Tokenizing ahead: files to a token store, in parallel processes, going on where an earlier run stopped."""
 
+import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -8,7 +9,7 @@ import os
 import queue
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +27,18 @@ from train.data.encode import (
     receipt_file,
     tokenizer_digest,
 )
-from train.data.files import DataFile, find_files
+from train.data.files import DataFile, check_apart, find_files
 from train.data.readers import MAX_BAD_RECORDS, Bad, Part, plan
-from train.data.store import FORMAT, MANIFEST, OFFSETS, VERSION, token_dtype, tokens_file
+from train.data.store import (
+    FORMAT,
+    MANIFEST,
+    OFFSETS,
+    VERSION,
+    content_digest,
+    read_manifest,
+    token_dtype,
+    tokens_file,
+)
 from train.data.worker import Worker
 from train.data.workplace import clear, complete, locked
 
@@ -48,6 +58,8 @@ class Tokenized(NamedTuple):
     empty_records: int
     first_bad: list[str]
     """A few of them, as sentences."""
+    left_out: dict[str, int]
+    """Files of folders whose names do not tell their kind, counted by how the names end."""
     parts: int
     resumed_parts: int
     """How many an earlier run had finished."""
@@ -86,12 +98,14 @@ def tokenize(
     """
     begin = time.monotonic()
     destination = expanded(destination).absolute()
-    files = find_files(sources, kind)
+    check_apart(destination, sources)
+    others: collections.Counter[str] = collections.Counter()
+    files = find_files(sources, kind, lambda path: others.update([path.suffix]))
     task = task_of(files, how, part_size)
     parts = plan(files, how.field, part_size)
     with locked(destination, task, wait) as work:
         if work is None:
-            return _report(destination, begin, len(parts), already=True)
+            return _report(destination, begin, others, len(parts), already=True)
         todo = [number for number in range(len(parts)) if not _finished(work, number, task["dtype"])]
         resumed = len(parts) - len(todo)
         try:
@@ -103,7 +117,7 @@ def tokenize(
                 why = f"the disk of {shown(work)} is full ({error.strerror}); what is finished is kept there"
                 raise OSError(f"{why}: free some space and run the same command again") from None
             raise
-    return _report(destination, begin, len(parts), resumed=resumed)
+    return _report(destination, begin, others, len(parts), resumed=resumed)
 
 
 def task_of(files: Sequence[DataFile], how: Encoding, part_size: int = PART_SIZE) -> dict[str, Any]:
@@ -130,12 +144,17 @@ def task_of(files: Sequence[DataFile], how: Encoding, part_size: int = PART_SIZE
 
 
 def _finished(work: Path, number: int, dtype: str) -> bool:
-    """Whether an earlier run wrote a part whole: its receipt came last."""
+    """Whether an earlier run wrote a part whole: its receipt came last. Training compares the tokens' own digest."""
     try:
-        receipt = json.loads(receipt_file(work, number).read_bytes())
-        sizes = receipt["tokens"] * np.dtype(dtype).itemsize, receipt["documents"] * 8
-        paths = work / tokens_file(number), lengths_file(work, number)
-        return all(path.stat().st_size == size for path, size in zip(paths, sizes, strict=True))
+        receipt = _receipt(work, number)
+        lengths = lengths_file(work, number).read_bytes()
+        return (
+            all(type(receipt[name]) is int for name in ("records", "bad", "empty", "documents", "tokens"))
+            and isinstance(receipt["sha256"], str)
+            and all(isinstance(text, str) for text in map(str, _named([receipt])))
+            and hashlib.sha256(lengths).hexdigest() == receipt["lengths_sha256"]
+            and (work / tokens_file(number)).stat().st_size == receipt["tokens"] * np.dtype(dtype).itemsize
+        )
     except (OSError, ValueError, TypeError, KeyError):
         return False
 
@@ -249,13 +268,12 @@ def _publish(work: Path, destination: Path, count: int, task: dict[str, Any]) ->
         {"name": tokens_file(number), **{key: receipts[number][key] for key in ("documents", "tokens", "sha256")}}
         for number in kept
     ]
-    content = [task["dtype"], offsets.hexdigest(), [file["sha256"] for file in files]]
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "dtype": task["dtype"],
         "tokenizer": task["tokenizer"],
-        "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        "digest": content_digest(task["dtype"], offsets.hexdigest(), [file["sha256"] for file in files]),
         **totals,
         "bad": sum(receipt["bad"] for receipt in receipts),
         "bad_records": [str(record) for record in bad[:_NAMED]],
@@ -277,8 +295,10 @@ def _lengths(work: Path, number: int) -> np.ndarray:
     return np.fromfile(lengths_file(work, number), "<u8")
 
 
-def _report(destination: Path, begin: float, parts: int, resumed: int = 0, already: bool = False) -> Tokenized:
-    manifest = json.loads((destination / MANIFEST).read_bytes())
+def _report(
+    destination: Path, begin: float, left_out: Mapping[str, int], parts: int, resumed: int = 0, already: bool = False
+) -> Tokenized:
+    manifest = read_manifest(destination)
     return Tokenized(
         str(destination),
         manifest["documents"],
@@ -286,6 +306,7 @@ def _report(destination: Path, begin: float, parts: int, resumed: int = 0, alrea
         manifest["bad"],
         manifest["empty"],
         manifest["bad_records"][:3],
+        dict(left_out),
         parts,
         resumed,
         already,

@@ -81,12 +81,19 @@ def run(options: Options) -> int:
 
 
 def warn_of_skipped(done: Tokenized) -> None:
-    """Names some of the records that were skipped, on standard error, and counts the others."""
+    """Names some of the records that were skipped, on standard error, and counts the others and files left out."""
     for record in done.first_bad:
         print(f"qwen2-jax: warning: skipped {record}", file=sys.stderr)
     if more := done.bad_records - len(done.first_bad):
         where = f"{shown(done.destination)}/manifest.json"
         print(f"qwen2-jax: warning: skipped {more:,} more bad records (see {where})", file=sys.stderr)
+    if done.left_out:
+        counts = ", ".join(f"{count:,} {name or 'without a suffix'}" for name, count in sorted(done.left_out.items()))
+        print(
+            f"qwen2-jax: warning: left out files of folders whose names do not tell their kind ({counts}); "
+            "`train tokenize --kind` says what they are",
+            file=sys.stderr,
+        )
 
 
 def sentence(done: Tokenized) -> str:

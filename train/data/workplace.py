@@ -12,7 +12,7 @@ from typing import Any
 from convert.destination import changes, has_content, work_folder
 from convert.files import shown, write_whole
 from train.data.encode import PARTS
-from train.data.store import FORMAT, MANIFEST, is_store
+from train.data.store import FORMAT, is_store, read_manifest
 
 _TASK, _LOCK = "task.json", "lock"
 
@@ -56,7 +56,7 @@ def complete(destination: Path, task: dict[str, Any]) -> bool:
         return False
     if not is_store(destination):
         raise ValueError(f"{shown(destination)} exists already, and is no folder of tokens; choose another place")
-    made = json.loads((destination / MANIFEST).read_bytes()).get("task", {})
+    made = read_manifest(destination)["task"]
     if made != task:
         raise ValueError(
             f"{shown(destination)} exists already, made differently ({changes(made, task)}); choose another place"

@@ -174,7 +174,7 @@ def test_models_come_from_folders_too(run, tmp_path):
     code, out, _ = run("plan", "--model", str(tmp_path), *argv)
     assert code == 0 and json.loads(out)["fits"]
     refused(run("plan", "--model", str(tmp_path / "none"), *argv[:-1]), "no folder with a config.json", "qwen2-72b")
-    refused(run("plan", "--model", "qwen3-7b", *argv[:-1]), "unknown model 'qwen3-7b'")
+    refused(run("plan", "--model", "qwen3-7b", *argv[:-1]), "qwen3-7b is no folder with a config.json; published")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     refused(run("plan", "--model", str(tmp_path), *argv[:-1]), "model_type must be one of")
 

@@ -1,6 +1,7 @@
 """Which files a source names."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,9 @@ def names(files, folder):
 
 
 def test_folder_is_walked_in_order(folder):
-    files = find_files([str(folder)])
+    left_out = []
+    files = find_files([str(folder)], left_out=left_out.append)
+    assert [path.name for path in left_out] == ["notes.pdf", "z.py"]
     assert names(files, folder) == ["a.TXT", "c.parquet", "b/10.jsonl.gz", "b/2.jsonl"]
     assert [file.kind for file in files] == ["text", "parquet", "jsonl", "jsonl"]
     assert [file.compression for file in files] == ["", "", "gzip", ""]
@@ -56,6 +59,19 @@ def test_saved_data_set_keeps_its_order(tmp_path):
     assert names(find_files([str(tmp_path)]), tmp_path) == ["data-1.arrow", "data-0.arrow"]
 
 
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    for source in (tmp_path / "pipe.jsonl", tmp_path / "p*.jsonl", "/dev/zero"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            find_files([str(source)])
+    with pytest.raises(ValueError, match="gone.jsonl cannot be read"):
+        find_files([str(tmp_path / "g*.jsonl")])
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(ValueError, match="no file is called"):
+        find_files([str(tmp_path / "*.txt")])
+
+
 def test_what_cannot_be_a_source(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     cases = {
@@ -70,7 +86,7 @@ def test_what_cannot_be_a_source(folder, tmp_path_factory):
         with pytest.raises(ValueError, match=message):
             find_files(sources)
     (empty / "x.bin").touch()
-    with pytest.raises(ValueError, match="only 1 files of unknown kinds"):
+    with pytest.raises(ValueError, match="only 1 file of unknown kinds"):
         find_files([str(empty)])
     for name in ("x.json", "x.JSON.gz"):
         (empty / name).touch()

@@ -223,7 +223,16 @@ def test_bad_input(store):
         ([Source(store, 0.0)], 8, 0, "weight of .* must be positive"),
         ([Source(store, float("nan"))], 8, 0, "weight of .* must be positive"),
         ([Source(store), Source(store, 1e-9)], 8, 0, "source 2 of the mixture has weight 1e-09 of 1"),
+        ([Source(store, 1e308), Source(store, 1e308)], 8, 0, "weights are too large to be added up"),
     ]:
         with pytest.raises(ValueError, match=message):
             packed_rows(sources, seq, seed)
     assert packed_rows([Source(store)], store.tokens, 0)[0].tokens.shape == (store.tokens,)
+
+
+def test_what_is_read_is_told(store):
+    what = f"tokens: {len(store)} documents, {store.tokens:,} tokens"
+    rows = packed_rows([Source(store)], store.tokens // 2, 0)
+    assert rows.described(3) == f"{what}, read {3 * (store.tokens // 2) / store.tokens:.2g} times"
+    mixed = packed_rows([Source(store, 3.0), Source(store)], store.tokens // 2, 0)
+    assert mixed.described(8) == f"{what}, read 3 times, and {what}, read 1 times"

@@ -139,7 +139,7 @@ def test_truncated_compression_keeps_what_can_be_read(tmp_path, name):
     WRITERS[name](path)
     path.write_bytes(path.read_bytes()[:-20])
     *good, bad = documents(path)
-    assert good == TEXTS[: len(good)] and "cannot be decompressed" in bad.why
+    assert good == TEXTS[: len(good)] and "how many lines that loses is not known (1 counted)" in bad.why
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "stream.arrow", "a.array_record"])

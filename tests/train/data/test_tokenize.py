@@ -177,6 +177,35 @@ def test_nothing_is_left_of_work_that_finished_nothing(sources, tmp_path, how):
     assert tokenize([str(sources)], tmp_path / "dst", how, workers=0).documents == 61
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"bad": "one"}, {"named": [[1]]}, {"sha256": None}, {"tokens": 1.5}, {"lengths_sha256": "0"}, "lengths"],
+    ids=str,
+)
+def test_a_part_that_is_not_whole_is_made_again(change, sources, tmp_path, how):
+    """Where documents begin is vouched for by nobody else."""
+    tokenize([str(sources)], tmp_path / "whole", how, workers=0, part_size=300)
+    (sources / "zz.jsonl").write_text("broken\n")
+    with pytest.raises(ValueError, match="more than the 0"):
+        tokenize([str(sources)], tmp_path / "dst", how, workers=0, part_size=300, max_bad_records=0)
+    receipt, lengths = (tmp_path / "dst.partial/parts" / f"000000.{kind}" for kind in ("json", "lengths"))
+    if change == "lengths":
+        content = bytearray(lengths.read_bytes())
+        content[0] ^= 1
+        lengths.write_bytes(content)
+    else:
+        receipt.write_text(json.dumps(json.loads(receipt.read_text()) | change))
+    tokenize([str(sources)], tmp_path / "dst", how, workers=0, part_size=300)
+    assert TokenStore(tmp_path / "dst").digest == TokenStore(tmp_path / "whole").digest
+
+
+def test_nothing_is_written_among_the_sources(sources, tmp_path, how):
+    with pytest.raises(ValueError, match="lies in .*, all of which is read"):
+        tokenize([str(sources)], sources / "dst", how, workers=0)
+    assert not list(sources.glob("dst*"))
+    tokenize([str(sources / "*.jsonl")], sources / "dst", how, workers=0)  # a glob names none of it
+
+
 def test_two_processes_do_not_meet(sources, tmp_path, how):
     work = tmp_path / "dst.partial"
     work.mkdir()
@@ -214,6 +243,7 @@ def test_bad_input(sources, tmp_path, how):
         ([str(tmp_path / "empty.jsonl")], how, "there are no documents in 2 records"),
         ([str(sources)], how._replace(tokenizer="missing"), "no folder with a tokenizer"),
         ([str(sources)], how._replace(end="<eod>"), "has no token '<eod>'|has no token <eod>"),
+        ([str(sources)], how._replace(end=""), "has no token ''"),
     ]
     for paths, wrong, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -237,6 +267,12 @@ def test_damaged_stores(sources, tmp_path, how):
     tokens.write_bytes(content)
     assert TokenStore(tmp_path / "dst").damages() == [str(tokens)]
     assert sorted(len(TokenStore(tmp_path / "dst").damages(share, 3)) for share in range(3)) == [0, 0, 1]
+    offsets = tmp_path / "dst" / "offsets.bin"
+    ends = offsets.read_bytes()
+    offsets.write_bytes(ends[:-8] + (1).to_bytes(8, "little"))
+    with pytest.raises(ValueError, match=r"offsets.bin is damaged: it does not end with the tokens"):
+        TokenStore(tmp_path / "dst")
+    offsets.write_bytes(ends)
     tokens.write_bytes(content[:-2])
     with pytest.raises(ValueError, match=r"tokens-000000.bin is damaged: it has \d+ bytes, expected"):
         TokenStore(tmp_path / "dst")
@@ -245,10 +281,18 @@ def test_damaged_stores(sources, tmp_path, how):
         ({"version": 9}, "of version 9"),
         ({"files": []}, "damaged"),
         ({"dtype": "<f4"}, "damaged"),
+        ({"files": manifest["files"] * 2, "tokens": 2 * manifest["tokens"]}, "damaged"),
+        ({"files": [{**manifest["files"][0], "tokens": float("inf")}]}, "damaged"),
+        ({"documents": float(manifest["documents"])}, "damaged"),
+        ({"digest": "zz"}, "damaged"),
+        ({"bad_records": None}, "damaged"),
+        ({"task": None}, "damaged"),
     ):
         (tmp_path / "dst" / "manifest.json").write_text(json.dumps({**manifest, **change}))
         with pytest.raises(ValueError, match=message):
             TokenStore(tmp_path / "dst")
+        with pytest.raises(ValueError, match=message):
+            tokenize([str(sources)], tmp_path / "dst", how, workers=0)
     with pytest.raises(ValueError, match="is no folder of tokens"):
         TokenStore(sources)
 
@@ -277,14 +321,18 @@ def job(*argv, **changes):
 def test_job_reports(sources, tmp_path, tokenizer_folder, capsys):
     (sources / "a.jsonl").write_text('{"text": "x"}\n{"text": ""}\nbroken\n')
     (tmp_path / "more.txt").write_text("more")
+    for name in ("table.csv", "notes.json", "LICENSE"):
+        (sources / name).write_text("not read")
     arguments = sources, tmp_path / "more.txt", tmp_path / "dst", "--tokenizer", tokenizer_folder
     assert job(*arguments, "--workers", "1") == 0
     printed = capsys.readouterr()
     assert "dst: 33 documents, " in printed.out and "1 bad records skipped" in printed.out
     assert "warning: skipped" in printed.err and "a.jsonl, line 3: not JSON" in printed.err
+    assert "(1 without a suffix, 1 .csv, 1 .json); `train tokenize --kind` says" in printed.err
     assert "does not split" not in printed.err
     assert job(*arguments, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["already_complete"] is True
+    report = json.loads(capsys.readouterr().out)
+    assert report["already_complete"] is True and report["left_out"] == {".csv": 1, ".json": 1, "": 1}
     for wrong in ({"workers": 0}, {"max_bad_records": -1}, {"paths": ("dst",)}):
         with pytest.raises(ValueError, match="must|is missing"):
             job(*arguments, **wrong)
