@@ -119,8 +119,7 @@ class Verify:
     b: Annotated[Positional[str], arg(metavar="B")]
     """The other."""
     tolerance: Annotated[float | None, arg(metavar="X", help_behavior_hint="(default: equal bits)")] = None
-    """Largest difference between two numbers that counts as equal. Without it weights of different number formats are
-    equal if the wider ones round to the narrower ones."""
+    """Largest difference that counts as equal; without it, numbers of the wider format must round to the narrower's."""
     logits: bool = False
     """Also run both models in float32 on a fixed prompt, and compare the logits."""
     allow_pickle: bool = False

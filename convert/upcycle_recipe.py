@@ -42,15 +42,13 @@ class Recipe:
     reinit_fraction: Annotated[float, _option("X")] = 0.5
     """Part of every routed expert that is drawn anew from a normal distribution; 0 keeps all."""
     reinit: Annotated[Literal["unit", "entry"], _option("{unit,entry}")] = "unit"
-    """What is drawn anew: whole units, this part of each expert's to the nearest unit; or single numbers, each with
-    this probability."""
+    """What is drawn anew: whole units, this part of each expert's, or single numbers, each with this probability."""
     reinit_std: Annotated[float | Literal["match"] | None, _option("{X,match}", "the model's initializer_range")] = None
     """Standard deviation of the new numbers; match takes that of the dense matrix whose place they take."""
     router_std: Annotated[float, _option("X")] = 0.02
     """Standard deviation of the routers, which are drawn anew."""
     shared: Annotated[Literal["preserve", "copy"], _option("{preserve,copy}")] = "preserve"
-    """What the shared expert computes at first. preserve: every unit, behind the gate's 1/2, what it contributed to the
-    dense FFN, by scaling its down column. copy: units unchanged, so half of that, and more for one that came twice."""
+    """What the shared expert computes at first. preserve: what its units did in the dense FFN; copy: half of that."""
     seed: Annotated[int, _option("N")] = 0
     """Of all that is drawn: the same seed makes the same files."""
 

@@ -72,7 +72,12 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
     if run.out is None:
         raise ValueError("--out is missing: name the folder of the run")
     _keep_programs(run)
+    profile = run.output.profile
+    if profile is not None and profile[0] > run.steps:
+        raise ValueError(f"--profile begins with step {profile[0]}, and the run has {run.steps}; give steps of it")
     config, weights = _model(run)
+    if not config.is_moe and (run.compute.moe or run.compute.capacity_factor):
+        raise ValueError("--moe and --capacity-factor are for a mixture of experts, and the model is dense; leave them")
     tokenizer = tokenizer_of(run)
     check_vocabulary(tokenizer, config)
     for warning in splitting_warnings(tokenizer) if jax.process_index() == 0 else ():
@@ -118,7 +123,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
                 json=output.json,
             )
         )
-        profile = None if output.profile is None else enter(Profile(run.out / "profile", *output.profile))
+        traced = None if profile is None else enter(Profile(run.out / "profile", *profile))
         reporter.start(_facts(run, configs[0], spec, stages, resumed))
         if changes:
             reporter.event("options", step=resumed or 0, changed="; ".join(changes))
@@ -138,7 +143,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
             windows=windows,
             checkpoints=checkpoints,
             reporter=reporter,
-            profile=profile,
+            profile=traced,
             stop=stop,
         )
         del state  # the loop uses it up

@@ -47,8 +47,7 @@ class Options:
     ] = None
     """Of weights and arithmetic."""
     mesh: Mesh = None
-    """Spread the model over all devices, as in data=2,tensor=4; axes: data, fsdp, expert, context, tensor. -1 for one
-    of them stands for all that are left."""
+    """Spread the model over all devices, as in data=2,tensor=4 (also fsdp, expert, context); -1 takes what is left."""
     attention: Annotated[Attention | None, attention_option()] = None
     """How attention over a prompt is computed; cudnn needs an NVIDIA GPU, pallas is for TPUs."""
     batches: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N ...")] = (1, 8, 32, 64)

@@ -54,8 +54,7 @@ class Options:
     include_path: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FOLDER ...", help_behavior_hint="")] = ()
     """Folders with more tasks."""
     allow_code_execution: bool = False
-    """Let tasks run programs that the model writes. The harness's own do so without any protection; `qwen2-jax evaluate
-    suite` has protected ones."""
+    """Let tasks run programs that the model writes, unprotected; those of `qwen2-jax evaluate suite` are protected."""
     json: bool = False
     """Print the results as one JSON object, and nothing else."""
 

@@ -46,9 +46,7 @@ class Options:
     windows: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {_WINDOWS})")] = None
     """Parts of the text to measure; they do not overlap."""
     stride: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
-    """Measure the whole text instead, by windows of which each begins N tokens behind the one before; of each, the
-    tokens count that the one before did not reach, so that all have read --length less N tokens or more, as far as
-    there are."""
+    """Measure the whole text, by windows N tokens apart; of each, tokens count that the one before did not reach."""
     bucket: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: a 16th of the length)")] = (
         None
     )

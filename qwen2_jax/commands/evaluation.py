@@ -35,8 +35,7 @@ class EvaluationOptions:
     attention: Annotated[Attention | None, attention_option()] = None
     """How attention over a prompt is computed; cudnn needs an NVIDIA GPU, pallas is for TPUs."""
     mesh: Mesh = None
-    """Spread the model over all devices, as in tensor=4,expert=2; axes: data, fsdp, expert, context, tensor. -1 for one
-    of them stands for all that are left."""
+    """Spread the model over all devices, as in tensor=4,expert=2 (also data, fsdp, context); -1 takes what is left."""
     batch_size: int = 1
     """Prompts or windows of one length that run at once."""
     overwrite: bool = False

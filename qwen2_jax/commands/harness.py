@@ -33,8 +33,7 @@ _logger = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class HarnessOptions:
     model: Annotated[str, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-    """Folder of a checkpoint, ours or Hugging Face's, of a step of a training run, or a hub id such as Qwen/Qwen2-0.5B
-    (downloaded)."""
+    """Checkpoint: a folder, ours or Hugging Face's, a step of a training run, or a hub id such as Qwen/Qwen2-0.5B."""
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
         tyro.conf.arg(metavar="{float32,bfloat16}", help_behavior_hint="(default: as stored)"),
@@ -43,8 +42,7 @@ class HarnessOptions:
     attention: Annotated[Attention | None, attention_option()] = None
     """How attention over a prompt is computed; cudnn needs an NVIDIA GPU, pallas is for TPUs."""
     mesh: Mesh = None
-    """Spread the model over all devices, as in data=2,tensor=4; axes: data, fsdp, expert, context, tensor. -1 for one
-    of them stands for all that are left."""
+    """Spread the model over all devices, as in data=2,tensor=4 (also fsdp, expert, context); -1 takes what is left."""
     max_length: Annotated[
         int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: max_position_embeddings)")
     ] = None

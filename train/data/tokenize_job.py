@@ -30,9 +30,8 @@ class Options:
     same, byte for byte, however many processes made it.
     """
 
-    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="SRC... DST")]
-    """Files, folders and globs such as 'code/**/*.py': .jsonl (also .gz, .zst), .parquet, .arrow, .array_record, or
-    plain text, a document per file; a folder that Hugging Face's datasets saved. Last the folder to create."""
+    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="SRC... DST", help_behavior_hint="(required)")]
+    """Files, folders, globs of jsonl, Parquet, Arrow, ArrayRecord or text (docs/data.md); last the one to make."""
     tokenizer: Annotated[str, arg(metavar="NAME|FOLDER")]
     """Folder with the tokenizer, such as the model's, or a hub id, as Qwen/Qwen2-0.5B."""
     field: Annotated[str, arg(metavar="NAME")] = "text"
@@ -40,7 +39,7 @@ class Options:
     kind: Kind = None
     """What all the files are, whatever their names."""
     end: Annotated[str | None, arg(metavar="TOKEN", help_behavior_hint="(default: <|endoftext|>)")] = None
-    """Token that ends every document."""
+    """Token that ends every document; the tokenizer's own end of text, if it has no <|endoftext|>."""
     control_tokens: bool = False
     """Read "<|im_start|>" and the like in the texts as tokens, not as characters."""
     max_bad_records: Annotated[int, arg(metavar="N")] = MAX_BAD_RECORDS
