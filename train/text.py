@@ -53,7 +53,9 @@ def validation_rows_of_text(run: Run) -> ValidationRowsOf | None:
 
     They do not depend on the run's seed, so that losses of runs can be compared.
     """
+    assert run.out is not None
     paths, sound = run.held_out.validation_data, set[Path]()
+    check_apart(run.out, paths)
     return (lambda phase: _rows(run, paths, (), phase, 0, sound)) if paths else None
 
 

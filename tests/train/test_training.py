@@ -418,11 +418,13 @@ def test_a_tokenizer_of_the_hub(train_run, tmp_path, monkeypatch):
         ("", "--data is missing: name folders of tokens, or text"),
         ("--data a b --weights 1", "--weights has 1 numbers for the 2 of --data; give one for each"),
         ("--data {parent}", "run lies in .*, all of which is read"),
+        ("--data {parent}/a.txt --validation-data {parent}", "run lies in .*, all of which is read"),
     ],
 )
 def test_refuses_without_data(flags, message, train_run, tmp_path):
     with pytest.raises(ValueError, match=message):
-        rows_of_text(train_run.run(tmp_path / "run", *flags.format(parent=tmp_path).split()))
+        run = train_run.run(tmp_path / "run", *flags.format(parent=tmp_path).split())
+        rows_of_text(run), validation_rows_of_text(run)
     assert not (tmp_path / "run").exists()
 
 

@@ -73,8 +73,8 @@ class PackedRows:
         return f"{_VERSION}:{self._store.digest}"
 
     def described(self, count: int) -> str:
-        size = f"{len(self._store):,} documents, {self._store.tokens:,} tokens"
-        return f"{self._store.folder.name}: {size}, read {count * self._seq / self._store.tokens:.2g} times"
+        times = count * self._seq / self._store.tokens
+        return f"{len(self._store):,} documents, {self._store.tokens:,} tokens, read {times:.2g} times"
 
     def __getitem__(self, index: int) -> Batch:
         pieces, lengths = [], []

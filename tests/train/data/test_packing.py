@@ -231,7 +231,7 @@ def test_bad_input(store):
 
 
 def test_what_is_read_is_told(store):
-    what = f"tokens: {len(store)} documents, {store.tokens:,} tokens"
+    what = f"{len(store)} documents, {store.tokens:,} tokens"
     rows = packed_rows([Source(store)], store.tokens // 2, 0)
     assert rows.described(3) == f"{what}, read {3 * (store.tokens // 2) / store.tokens:.2g} times"
     mixed = packed_rows([Source(store, 3.0), Source(store)], store.tokens // 2, 0)
