@@ -77,7 +77,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
         raise ValueError(f"--profile begins with step {profile[0]}, and the run has {run.steps}; give steps of it")
     config, weights = _model(run)
     if not config.is_moe and (run.compute.moe or run.compute.capacity_factor):
-        raise ValueError("--moe and --capacity-factor are for a mixture of experts, and the model is dense; leave them")
+        raise ValueError("--moe and --capacity-factor are for a mixture of experts, and this model is dense")
     tokenizer = tokenizer_of(run)
     check_vocabulary(tokenizer, config)
     for warning in splitting_warnings(tokenizer) if jax.process_index() == 0 else ():
