@@ -97,6 +97,8 @@ def interrupt_by_exception() -> None:
 def parse(options: Any, argv: Sequence[str], prog: str) -> Any:
     """The command line as an instance of the dataclass `options`, or of one in a union; `--help` prints and exits.
 
+    An option is described in one line, however long a terminal makes it: tyro keeps the line breaks of its docstring.
+
     Raises:
       ValueError: for a command line that `options` does not allow.
     """

@@ -102,10 +102,23 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def load_yaml(path: Any) -> Any:
+    """What a file of YAML holds.
+
+    Raises:
+      yaml.YAMLError: for anything else; also for names given twice, dates that there are not, and text not in UTF-8.
+      OSError: if it cannot be read.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (ValueError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from None
+
+
 def _read_file(path: Any) -> dict[str, Any]:
     try:
-        options = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError also of dates that there are not
+        options = load_yaml(path)
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(options, dict) or not options or not all(isinstance(name, str) for name in options):
         raise ValueError(f"{path} holds no options; a run file has lines such as learning_rate: 3e-4")

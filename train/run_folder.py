@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from convert.files import write_whole
 from train.run import Run
-from train.run_file import as_options
+from train.run_file import as_options, load_yaml
 
 OPTIONS, STARTS, PASSED_OVER, CHECKPOINTS = "run.yaml", "starts.jsonl", "passed_over.json", "checkpoints"
 MODEL = "model"
@@ -190,8 +190,8 @@ def _read_options(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:  # also of dates that there are not
+        options = load_yaml(path)
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML any more: {error}") from None
     if not isinstance(options, dict):
         raise ValueError(f"{path} is damaged: it no longer holds the options of the run; remove it to go on without")

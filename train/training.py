@@ -72,12 +72,8 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
     if run.out is None:
         raise ValueError("--out is missing: name the folder of the run")
     _keep_programs(run)
-    profile = run.output.profile
-    if profile is not None and profile[0] > run.steps:
-        raise ValueError(f"--profile begins with step {profile[0]}, and the run has {run.steps}; give steps of it")
     config, weights = _model(run)
-    if not config.is_moe and (run.compute.moe or run.compute.capacity_factor):
-        raise ValueError("--moe and --capacity-factor are for a mixture of experts, and this model is dense")
+    _check_heeded(run, config)
     tokenizer = tokenizer_of(run)
     check_vocabulary(tokenizer, config)
     for warning in splitting_warnings(tokenizer) if jax.process_index() == 0 else ():
@@ -123,7 +119,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
                 json=output.json,
             )
         )
-        traced = None if profile is None else enter(Profile(run.out / "profile", *profile))
+        profile = None if output.profile is None else enter(Profile(run.out / "profile", *output.profile))
         reporter.start(_facts(run, configs[0], spec, stages, resumed))
         if changes:
             reporter.event("options", step=resumed or 0, changed="; ".join(changes))
@@ -143,7 +139,7 @@ def train(run: Run, objective: Objective, rows_of: RowsOf, validation_rows_of: V
             windows=windows,
             checkpoints=checkpoints,
             reporter=reporter,
-            profile=traced,
+            profile=profile,
             stop=stop,
         )
         del state  # the loop uses it up
@@ -193,6 +189,14 @@ def _model(run: Run) -> tuple[Qwen2Config, Source | None]:
         return source.config, source
     assert start.model is not None
     return read_config(start.model), None
+
+
+def _check_heeded(run: Run, config: Qwen2Config) -> None:
+    """Raises ValueError for options that this run would pass over."""
+    if run.output.profile is not None and (first := run.output.profile[0]) > run.steps:
+        raise ValueError(f"--profile begins with step {first}, and the run has {run.steps}; give steps of it")
+    if not config.is_moe and (run.compute.moe or run.compute.capacity_factor):
+        raise ValueError("--moe and --capacity-factor are for a mixture of experts, and this model is dense")
 
 
 def _with_end(config: Qwen2Config, tokenizer: Path) -> Qwen2Config:

@@ -148,10 +148,11 @@ def _finished(work: Path, number: int, dtype: str) -> bool:
     try:
         receipt = _receipt(work, number)
         lengths = lengths_file(work, number).read_bytes()
+        sentences = [str(record) for record in _named([receipt])]
         return (
             all(type(receipt[name]) is int for name in ("records", "bad", "empty", "documents", "tokens"))
             and isinstance(receipt["sha256"], str)
-            and all(isinstance(text, str) for text in map(str, _named([receipt])))
+            and len(sentences) <= receipt["bad"]
             and hashlib.sha256(lengths).hexdigest() == receipt["lengths_sha256"]
             and (work / tokens_file(number)).stat().st_size == receipt["tokens"] * np.dtype(dtype).itemsize
         )
